@@ -1,0 +1,70 @@
+# Assay. `make demo` and `make test` need nothing but Go, git and make (and gcc
+# for the race detector). Tools run at the versions pinned under test/tools.
+
+GO      ?= go
+OUT     := out
+BIN     := bin
+TOOLS   := $(OUT)/tools
+export CGO_ENABLED ?= 0
+
+# What the race detector needs; everything else is built without cgo.
+RACE    := CGO_ENABLED=1 $(GO) test -race
+
+.PHONY: build demo test check bench generate generate-check lint fmt long fuzz clean
+build: ## the three static binaries, into bin/
+	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
+
+demo: build ## attest a node, attest a process, deliver and renew its SVID
+	@test/demo.sh $(BIN)
+
+test: need-gcc ## unit tests with the race detector, then end to end through the real binaries
+	$(RACE) ./...
+	$(RACE) -tags e2e -count=1 ./test/e2e/...
+
+long: need-gcc ## the suites that take longer: endurance, kill points, PID reuse
+	$(RACE) -tags 'e2e long' -count=1 -timeout 30m ./test/e2e/...
+
+check: generate-check lint ## everything that must hold before a commit
+	$(GO) vet ./...
+	$(GO) vet -tags 'e2e long' ./test/...
+	$(MAKE) test
+
+bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
+	$(GO) run ./test/bench -bin $(BIN)
+
+generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Go code from the .proto files
+	PATH="$(abspath $(TOOLS)):$$PATH" buf format -w
+	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml
+
+# Works on a dirty tree: it compares what it generates with what lies there.
+generate-check: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+	PATH="$(abspath $(TOOLS)):$$PATH" buf lint
+	PATH="$(abspath $(TOOLS)):$$PATH" buf format -d --exit-code
+	rm -rf $(OUT)/generated && mkdir -p $(OUT)/generated
+	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml -o $(OUT)/generated
+	@for f in $$(cd $(OUT)/generated/proto && find . -name '*.go'); do \
+		cmp -s "$(OUT)/generated/proto/$$f" "proto/$$f" || { echo "proto/$$f is stale: run make generate" >&2; exit 1; }; done
+
+lint: $(TOOLS)/golangci-lint ## format and lint
+	$(TOOLS)/golangci-lint fmt --diff
+	$(TOOLS)/golangci-lint run --build-tags 'e2e long' ./...
+
+fmt: $(TOOLS)/golangci-lint
+	$(TOOLS)/golangci-lint fmt
+
+fuzz: ## each fuzz target for FUZZTIME (default 10s)
+	test/fuzz.sh $(or $(FUZZTIME),10s)
+
+clean:
+	rm -rf $(OUT) $(BIN)
+
+$(TOOLS)/buf: test/tools/buf/go.mod
+	cd test/tools/buf && $(GO) build -o $(abspath $(TOOLS))/ tool
+$(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc &: test/tools/gen/go.mod
+	cd test/tools/gen && $(GO) build -o $(abspath $(TOOLS))/ tool
+$(TOOLS)/golangci-lint: test/tools/lint/go.mod
+	cd test/tools/lint && $(GO) build -o $(abspath $(TOOLS))/ tool
+
+.PHONY: need-gcc
+need-gcc:
+	@command -v gcc >/dev/null || { echo 'make: the race detector needs gcc: apt-get install -y gcc libc6-dev' >&2; exit 1; }

@@ -1,0 +1,77 @@
+package fault_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+func TestKindSurvivesWrapping(t *testing.T) {
+	err := fmt.Errorf("load entry: %w", fault.Wrap(fault.NotFound, io.EOF, "entry_unknown", "no such entry"))
+	if !errors.Is(err, fault.NotFound) || errors.Is(err, fault.Denied) {
+		t.Fatalf("kind lost: %v", err)
+	}
+	if !errors.Is(err, io.EOF) {
+		t.Fatal("cause lost")
+	}
+	if fault.KindOf(err) != fault.NotFound || fault.ReasonOf(err) != "entry_unknown" {
+		t.Fatalf("got %v %q", fault.KindOf(err), fault.ReasonOf(err))
+	}
+}
+
+func TestStatusNeverCarriesTheCause(t *testing.T) {
+	secret := errors.New("lookup db 10.0.0.3: token abc")
+	for _, err := range []error{
+		secret,
+		fmt.Errorf("outer: %w", secret),
+		fmt.Errorf("outer abc: %w", fault.Wrap(fault.Denied, secret, "not_allowed", "not allowed here")),
+	} {
+		st := fault.Status(err, "REQ1")
+		if strings.Contains(st.Message(), "abc") || strings.Contains(fmt.Sprint(st.Details()...), "abc") {
+			t.Errorf("%v leaks its cause: %v", err, st)
+		}
+		if !strings.Contains(st.Message(), "request_id=REQ1") {
+			t.Errorf("no request id in %q", st.Message())
+		}
+	}
+}
+
+func TestStatusRoundTrip(t *testing.T) {
+	for k := fault.Internal; k <= fault.Unimplemented; k++ {
+		back := fault.FromStatus(fault.Status(fault.New(k, "some_reason", "some text"), "R").Err())
+		if fault.KindOf(back) != k || fault.ReasonOf(back) != "some_reason" {
+			t.Errorf("%v came back as %v %q", k, fault.KindOf(back), fault.ReasonOf(back))
+		}
+		if !strings.HasPrefix(fault.SafeText(back), "some text") {
+			t.Errorf("text %q", fault.SafeText(back))
+		}
+	}
+}
+
+func TestFromStatusOfForeignErrors(t *testing.T) {
+	cases := []struct {
+		err  error
+		want fault.Kind
+	}{
+		{io.EOF, fault.NotReady},
+		{status.Error(codes.Canceled, "x"), fault.NotReady},
+		{status.Error(codes.DeadlineExceeded, "x"), fault.NotReady},
+		{status.Error(codes.DataLoss, "x"), fault.Internal},
+		{status.Error(codes.PermissionDenied, "x"), fault.Denied},
+	}
+	for _, c := range cases {
+		if got := fault.KindOf(fault.FromStatus(c.err)); got != c.want {
+			t.Errorf("%v: got %v, want %v", c.err, got, c.want)
+		}
+	}
+	if fault.FromStatus(nil) != nil || fault.Status(nil, "") != nil {
+		t.Error("nil must stay nil")
+	}
+}

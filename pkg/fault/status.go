@@ -1,0 +1,95 @@
+package fault
+
+import (
+	"errors"
+	"strings"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Domain is the ErrorInfo domain of every reason that Assay sends.
+const Domain = "assay"
+
+// The only table between kinds and gRPC codes, read in both directions.
+var table = []struct {
+	kind Kind
+	code codes.Code
+}{
+	{Internal, codes.Internal},
+	{Invalid, codes.InvalidArgument},
+	{Unauthenticated, codes.Unauthenticated},
+	{Denied, codes.PermissionDenied},
+	{NotFound, codes.NotFound},
+	{Exists, codes.AlreadyExists},
+	{Conflict, codes.Aborted},
+	{Exhausted, codes.ResourceExhausted},
+	{NotReady, codes.Unavailable},
+	{Precondition, codes.FailedPrecondition},
+	{Unimplemented, codes.Unimplemented},
+}
+
+// Code returns the gRPC code for a kind.
+func Code(k Kind) codes.Code {
+	for _, row := range table {
+		if row.kind == k {
+			return row.code
+		}
+	}
+	return codes.Internal
+}
+
+// Status turns err into what a peer may see: kind, reason, safe text and, if
+// not empty, the request id. The cause stays behind.
+func Status(err error, requestID string) *status.Status {
+	if err == nil {
+		return nil
+	}
+	reason := ReasonOf(err)
+	msg := reason + ": " + SafeText(err)
+	info := &errdetails.ErrorInfo{Reason: reason, Domain: Domain}
+	if requestID != "" {
+		msg += " (request_id=" + requestID + ")"
+		info.Metadata = map[string]string{"request_id": requestID}
+	}
+	st := status.New(Code(KindOf(err)), msg)
+	if detailed, err := st.WithDetails(info); err == nil {
+		return detailed
+	}
+	return st
+}
+
+// FromStatus reads a gRPC error back into a fault. Errors that carry no gRPC
+// status become NotReady: the peer could not be reached or went away.
+func FromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*Fault](err); ok {
+		return err
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return Wrap(NotReady, err, "unavailable", "the peer can't be reached")
+	}
+	kind := Internal
+	switch st.Code() {
+	case codes.DeadlineExceeded, codes.Canceled, codes.Unknown:
+		kind = NotReady
+	default:
+		for _, row := range table {
+			if row.code == st.Code() {
+				kind = row.kind
+			}
+		}
+	}
+	reason, text := kind.Error(), st.Message()
+	for _, d := range st.Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == Domain {
+			reason = info.GetReason()
+			text = strings.TrimPrefix(text, reason+": ")
+		}
+	}
+	return New(kind, reason, text)
+}

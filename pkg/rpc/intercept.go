@@ -1,0 +1,100 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+func (g *guard) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	ctx, c := callOf(ctx)
+	defer func() {
+		err = g.finish(ctx, c, info.FullMethod, err, recover())
+		if err != nil {
+			resp = nil // never an answer beside an error
+		}
+	}()
+	return handler(ctx, req)
+}
+
+func (g *guard) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	ctx, c := callOf(ss.Context())
+	defer func() { err = g.finish(ctx, c, info.FullMethod, err, recover()) }()
+	return handler(srv, ss)
+}
+
+func callOf(ctx context.Context) (context.Context, *call) {
+	if c, ok := ctx.Value(callKey{}).(*call); ok {
+		return ctx, c
+	}
+	return withCall(ctx)
+}
+
+// finish turns what a handler returned, or the panic that it raised, into the
+// status that the peer sees.
+func (g *guard) finish(ctx context.Context, c *call, method string, err error, panicked any) error {
+	if panicked != nil {
+		err = fault.Wrap(fault.Internal, fmt.Errorf("panic: %v\n%s", panicked, debug.Stack()), "internal",
+			"internal error; the log of this process has the cause")
+	}
+	err = g.settle(err)
+	g.done(ctx, c, method, err)
+	if err == nil {
+		return nil
+	}
+	return fault.Status(err, c.id).Err()
+}
+
+// settle makes a fault of err. Errors of contexts and of the stream itself
+// mean that the peer or this process is going away: Unavailable, never
+// Canceled (WL-24).
+func (g *guard) settle(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*fault.Fault](err); ok {
+		return err
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return fault.Wrap(fault.NotReady, err, "interrupted", "the call was interrupted; retry")
+	}
+	if _, ok := status.FromError(err); ok {
+		return fault.FromStatus(err)
+	}
+	return err
+}
+
+func (g *guard) done(ctx context.Context, c *call, method string, err error) {
+	g.cfg.Metrics.observe(g.cfg.Name, method, err)
+	if err == nil {
+		return
+	}
+	level := slog.LevelInfo
+	switch fault.KindOf(err) {
+	case fault.Internal:
+		level = slog.LevelError
+	case fault.NotReady, fault.Unimplemented:
+		level = slog.LevelDebug
+	}
+	if !g.cfg.Log.Enabled(ctx, level) {
+		return
+	}
+	attrs := []slog.Attr{
+		slog.String("server", g.cfg.Name), slog.String("method", method), slog.String("request_id", c.id),
+		slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()), slog.String("addr", c.caller.Addr),
+	}
+	if c.caller.Local {
+		attrs = append(attrs, slog.Uint64("uid", uint64(c.caller.UID)), slog.Int64("pid", int64(c.caller.PID)))
+	}
+	if !c.caller.ID.IsZero() {
+		attrs = append(attrs, slog.String("caller", c.caller.ID.String()))
+	}
+	g.cfg.Log.LogAttrs(ctx, level, "call refused or failed", attrs...)
+}

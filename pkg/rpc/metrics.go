@@ -1,0 +1,43 @@
+package rpc
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+// Metrics counts RPCs over all servers of a process.
+type Metrics struct {
+	requests *prometheus.CounterVec
+	denials  *prometheus.CounterVec
+}
+
+// NewMetrics registers the RPC metrics at reg.
+func NewMetrics(reg prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "assay_rpc_requests_total", Help: "RPCs that ended, by socket, method and gRPC code.",
+		}, []string{"server", "method", "code"}),
+		denials: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "assay_rpc_denials_total", Help: "RPCs refused with InvalidArgument, Unauthenticated or PermissionDenied, by socket and reason.",
+		}, []string{"server", "reason"}),
+	}
+	reg.MustRegister(m.requests, m.denials)
+	return m
+}
+
+func (m *Metrics) observe(server, method string, err error) {
+	if m == nil {
+		return
+	}
+	code := "OK"
+	if err != nil {
+		kind := fault.KindOf(err)
+		code = fault.Code(kind).String()
+		switch kind {
+		case fault.Invalid, fault.Unauthenticated, fault.Denied:
+			m.denials.WithLabelValues(server, fault.ReasonOf(err)).Inc()
+		}
+	}
+	m.requests.WithLabelValues(server, method, code).Inc()
+}

@@ -1,0 +1,126 @@
+// Package test holds what is true of the project as a whole.
+package test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/seed-caa81108/assay/"
+
+// rooms is the package table: what each room may import from this module. An
+// edge that is not here is a wall; docs/architecture.md has the drawing.
+var rooms = map[string][]string{
+	"cmd/assay":        {"server", "agent", "proto/admin/v1", "pkg/daemon", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/selector"},
+	"cmd/assay-server": {"server", "pkg/daemon", "pkg/fault"},
+	"cmd/assay-agent":  {"agent", "pkg/daemon", "pkg/fault"},
+
+	"server": {
+		"server/api", "server/attest", "server/audit", "server/ca", "server/keys", "server/registry", "server/store",
+		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule",
+	},
+	"server/api": {
+		"server/attest", "server/audit", "server/ca", "server/registry",
+		"proto/agent/v1", "proto/admin/v1", "pkg/fault", "pkg/rpc", "pkg/selector",
+	},
+	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
+	"server/registry": {"server/store", "pkg/failpoint", "pkg/fault", "pkg/selector"},
+	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
+	"server/keys":     {"pkg/durable", "pkg/fault"},
+	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
+	"server/store":    {"pkg/durable", "pkg/fault"},
+
+	"server/store/storetest": {"server/store", "pkg/fault"},
+
+	"agent": {
+		"agent/attest", "agent/cache", "agent/endpoint", "agent/node", "agent/state",
+		"pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule",
+	},
+	"agent/attest":   {"pkg/fault", "pkg/rpc", "pkg/selector"},
+	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
+	"agent/endpoint": {"agent/attest", "agent/cache", "pkg/fault", "pkg/rpc", "pkg/selector"},
+	"agent/node":     {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule"},
+	"agent/state":    {"pkg/durable", "pkg/fault"},
+
+	"proto/agent/v1": {},
+	"proto/admin/v1": {},
+
+	"pkg/daemon":    {"pkg/durable", "pkg/fault"},
+	"pkg/durable":   {"pkg/fault"},
+	"pkg/failpoint": {},
+	"pkg/fault":     {},
+	"pkg/rpc":       {"pkg/fault"},
+	"pkg/schedule":  {},
+	"pkg/selector":  {"pkg/fault"},
+
+	"test/bench": {"*"},
+}
+
+// agentNever is what a process that is privileged on every node must not link.
+var agentNever = []string{"go.etcd.io/", "k8s.io/", "istio.io/", "github.com/spiffe/spire-api-sdk", module + "server"}
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+func list(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Imports,Deps"}, args...)...)
+	cmd.Dir = ".."
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var pkgs []pkg
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return pkgs
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		pkgs = append(pkgs, p)
+	}
+}
+
+func TestEveryImportIsInThePackageTable(t *testing.T) {
+	seen := map[string]bool{}
+	for _, p := range list(t, "./...") {
+		room := strings.TrimPrefix(p.ImportPath, module)
+		allowed, known := rooms[room]
+		if seen[room] = true; !known {
+			if !strings.HasPrefix(room, "test") {
+				t.Errorf("%s is no room of the package table", room)
+			}
+			continue
+		}
+		for _, imp := range p.Imports {
+			target, ours := strings.CutPrefix(imp, module)
+			if ours && !slices.Contains(allowed, target) && !slices.Contains(allowed, "*") {
+				t.Errorf("%s imports %s, which the package table does not allow", room, target)
+			}
+		}
+	}
+	for room := range rooms {
+		if !seen[room] {
+			t.Errorf("the package table has %s, which does not exist", room)
+		}
+	}
+}
+
+func TestTheAgentLinksNoServerParts(t *testing.T) {
+	for _, dep := range list(t, "./cmd/assay-agent")[0].Deps {
+		for _, never := range agentNever {
+			if strings.HasPrefix(dep, never) {
+				t.Errorf("assay-agent links %s", dep)
+			}
+		}
+	}
+}
