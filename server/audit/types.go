@@ -1,0 +1,75 @@
+package audit
+
+import "time"
+
+// Actor is who asked. Exactly one of its halves is filled: uid, gid, pid and
+// exe for a local operator, SPIFFE ID and serial for a peer with a certificate.
+type Actor struct {
+	Kind     string  // operator, agent, server or none
+	UID, GID *uint32 // of a caller on a Unix socket
+	PID      int32   // a hint: may be zero, may be reused
+	Exe      string  // a hint
+	SPIFFEID string  // from the verified certificate
+	Serial   string  // of that certificate, lower-case hex
+}
+
+// Origin is where a request came from. Handlers build it once per RPC and hand
+// it down.
+type Origin struct {
+	RequestID string
+	Actor     Actor
+	From      string // ip:port or the socket's path
+}
+
+// Target is what was acted upon; fields that don't apply stay empty.
+type Target struct {
+	SPIFFEID      string
+	EntryID       string
+	EntryRevision int64
+	AgentID       string
+	AuthorityID   string
+}
+
+// Why says which rule allowed it, and for acts of people their reason.
+type Why struct {
+	Rule          string
+	SelectorsHash string
+	Reason        string
+}
+
+// Result is how it ended: Code is "ok" or the name of a fault kind, Reason the
+// fault's reason.
+type Result struct {
+	Code   string
+	Reason string
+}
+
+// Cert identifies a certificate that is about to be signed.
+type Cert struct {
+	Serial              string
+	SPKISHA256          string
+	NotBefore, NotAfter time.Time
+	IssuerSKI           string
+}
+
+// Line is everything a caller may put into one line of the log. There is no
+// field for bytes, maps or errors: what is not declared here can't be logged.
+type Line struct {
+	Origin Origin
+	Action string
+	Target Target
+	Why    Why
+	Result Result
+	Cert   *Cert
+}
+
+// Config is the `audit` part of the server's configuration.
+type Config struct {
+	// Path of the current file; older ones are Path.1 (newest) to Path.Keep.
+	// Default: audit.log in the data directory.
+	Path string `yaml:"path"`
+	// MaxBytes is the size at which a new file is begun. Default 100 MiB.
+	MaxBytes int64 `yaml:"max_bytes"`
+	// Keep is the number of older files that are kept. Default 10.
+	Keep int `yaml:"keep"`
+}
