@@ -1,0 +1,226 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
+	"github.com/seed-caa81108/assay/server/store"
+)
+
+// JoinToken is the attestor of agents that came with a join token.
+const JoinToken = "join_token"
+
+// Agent is an attested node. Serials are lower-case hex, keys the hex SHA-256
+// of the SubjectPublicKeyInfo.
+//
+// A certificate that was signed for the agent is pending until it is first
+// used: then it is the active one, and the active one before it is void.
+type Agent struct {
+	ID        spiffeid.ID
+	Attestor  string
+	Selectors selector.Set
+
+	ActiveSerial string // empty until the first SVID is used
+	ActiveKey    string
+	NotAfter     time.Time
+
+	PendingSerial   string
+	PendingKey      string
+	PendingNotAfter time.Time
+
+	Banned      bool
+	CanReattest bool
+	AttestedAt  time.Time
+	// Version is what the agent says that it is; not in the record.
+	Version string
+}
+
+// ends is when the agent's last valid SVID ends.
+func (a *Agent) ends() time.Time {
+	if a.PendingNotAfter.After(a.NotAfter) {
+		return a.PendingNotAfter
+	}
+	return a.NotAfter
+}
+
+// Agent returns the agent with this ID.
+func (r *Registry) Agent(id spiffeid.ID) (Agent, bool) {
+	it, ok := r.mirror.agent(id)
+	if !ok {
+		return Agent{}, false
+	}
+	a := it.Agent
+	a.Version = r.fleet.version(id)
+	return a, true
+}
+
+// Agents returns all agents, sorted by ID.
+func (r *Registry) Agents() []Agent {
+	list := r.mirror.allAgents()
+	for i := range list {
+		list[i].Version = r.fleet.version(list[i].ID)
+	}
+	return list
+}
+
+func (m *mirror) allAgents() []Agent {
+	m.mu.RLock()
+	list := make([]Agent, 0, len(m.agents))
+	for _, a := range m.agents {
+		list = append(list, a.Agent)
+	}
+	m.mu.RUnlock()
+	slices.SortFunc(list, func(a, b Agent) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return list
+}
+
+// CheckAgent says whether the agent that shows a certificate with this serial
+// may be served. It looks into memory only. A pending serial passes; whoever
+// serves the agent calls UseSerial.
+func (r *Registry) CheckAgent(id spiffeid.ID, serial string) error {
+	a, ok := r.mirror.agent(id)
+	switch {
+	case !ok:
+		return agentUnknown()
+	case a.Banned:
+		return agentBanned()
+	case serial == "" || serial != a.ActiveSerial && serial != a.PendingSerial:
+		return notActive()
+	}
+	return nil
+}
+
+// UseSerial notes that the agent used the certificate with this serial. The
+// first use of the pending one makes it the active one; the one before is void
+// when UseSerial returns.
+func (r *Registry) UseSerial(ctx context.Context, id spiffeid.ID, serial string) error {
+	if err := r.CheckAgent(id, serial); err != nil {
+		return err
+	}
+	if a, ok := r.mirror.agent(id); ok && serial == a.ActiveSerial {
+		return nil
+	}
+	return r.changeAgent(ctx, id, func(a *Agent) error {
+		switch {
+		case a.Banned:
+			return agentBanned()
+		case serial == a.ActiveSerial:
+			return errNothingToDo
+		case serial != a.PendingSerial:
+			return notActive()
+		}
+		a.ActiveSerial, a.ActiveKey, a.NotAfter = a.PendingSerial, a.PendingKey, a.PendingNotAfter
+		a.PendingSerial, a.PendingKey, a.PendingNotAfter = "", "", time.Time{}
+		return nil
+	})
+}
+
+// RecordIssued notes a certificate that was signed for the agent. It becomes
+// the pending one; a pending one before it, never used, is void.
+func (r *Registry) RecordIssued(ctx context.Context, id spiffeid.ID, serial, keyHash string, notAfter time.Time) error {
+	if serial == "" || keyHash == "" {
+		return errors.New("record issued: serial or key is missing")
+	}
+	return r.changeAgent(ctx, id, func(a *Agent) error {
+		if a.Banned {
+			return agentBanned()
+		}
+		a.PendingSerial, a.PendingKey, a.PendingNotAfter = serial, keyHash, wall(notAfter)
+		return nil
+	})
+}
+
+var errNothingToDo = errors.New("nothing to do")
+
+// changeAgent commits what change does to the record as the store has it, and
+// waits for the mirror. change may be called more than once.
+func (r *Registry) changeAgent(ctx context.Context, id spiffeid.ID, change func(*Agent) error) error {
+	for range conflictRetries {
+		a, stored, err := r.storedAgent(ctx, id)
+		if errors.Is(err, fault.NotFound) {
+			return agentUnknown()
+		}
+		if err != nil {
+			return err
+		}
+		if err := change(&a); errors.Is(err, errNothingToDo) {
+			return r.WaitRevision(ctx, stored)
+		} else if err != nil {
+			return err
+		}
+		value, err := encodeAgent(&a)
+		if err != nil {
+			return err
+		}
+		revision, err := r.commit(ctx,
+			[]store.Precondition{{Key: agentKey(id), Revision: stored}},
+			[]store.Write{{Key: agentKey(id), Value: value}})
+		if err == nil {
+			return r.WaitRevision(ctx, revision)
+		}
+		if !errors.Is(err, fault.Conflict) {
+			return err
+		}
+	}
+	return fault.New(fault.Conflict, "agent_busy", "the agent's record is being changed by others; ask again")
+}
+
+// storedAgent reads an agent from the store, with the revision of its record.
+func (r *Registry) storedAgent(ctx context.Context, id spiffeid.ID) (Agent, int64, error) {
+	rec, err := r.get(ctx, agentKey(id))
+	if err != nil {
+		return Agent{}, 0, fmt.Errorf("read agent: %w", err)
+	}
+	a, err := r.decodeAgent(rec)
+	return a, rec.Revision, err
+}
+
+// Rejoinable says whether the agent may come back at now with the key whose
+// hash is keyHash, its SVID having ended. Whoever asks has verified that the
+// caller holds the key. The refusal tells nothing about the reason.
+//
+// The key is one that was last certified for the agent: the active one or, as
+// an agent that renewed with a new key may have gone down before its first
+// use, the pending one.
+func (r *Registry) Rejoinable(id spiffeid.ID, keyHash string, now time.Time) error {
+	a, ok := r.mirror.agent(id)
+	if !ok || a.Banned || a.Attestor != JoinToken || r.rejoinWindow == 0 || keyHash == "" {
+		return rejoinRefused()
+	}
+	until := time.Time{}
+	if keyHash == a.ActiveKey {
+		until = a.NotAfter
+	}
+	if keyHash == a.PendingKey && a.PendingNotAfter.After(until) {
+		until = a.PendingNotAfter
+	}
+	if until.IsZero() || now.After(until.Add(r.rejoinWindow)) {
+		return rejoinRefused()
+	}
+	return nil
+}
+
+func agentUnknown() error {
+	return fault.New(fault.Denied, "agent_unknown", "the server has no record of this agent; attest anew")
+}
+
+func agentBanned() error {
+	return fault.New(fault.Denied, "agent_banned", "this agent is banned; an operator has to evict it before it can attest anew")
+}
+
+func notActive() error {
+	return fault.New(fault.Denied, "agent_svid_not_active",
+		"this certificate was replaced by a newer one; if the agent does not have the newer one, its key may be in other hands")
+}
+
+func rejoinRefused() error {
+	return fault.New(fault.Denied, "rejoin_refused", "the agent can't come back with its old key; attest with a new join token")
+}

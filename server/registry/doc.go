@@ -1,0 +1,23 @@
+// Package registry owns registration entries, agents and join tokens: their
+// types, their rules, who may get what, their records in the store, and the
+// mirror in memory that answers every read.
+//
+// It trusts the store to be the only writer of what it reads back and nothing
+// else: entries are checked when they are written and again when they are
+// loaded; what an agent says about itself is kept as a claim, apart from the
+// records, and is never an input to a decision here.
+//
+// The order of steps of a write: check the rules; commit the record together
+// with what must stay unique (an index record for entries, the agent's record
+// for a token) under preconditions; wait until the mirror has seen the commit;
+// answer. The mirror changes in one place only, from the store's Watch, so
+// every server that shares a store comes to the same view.
+//
+// Records, all at schema version 1:
+//
+//	registry/epoch      names the store's history; revisions compare within it
+//	entry/<id>          a registration entry
+//	entryix/<sha256>    which entry has this SPIFFE ID, parent and selectors
+//	agent/<path>        an attested agent, by the path of its SPIFFE ID
+//	token/<sha256>      a join token, by its hash; its value is nowhere
+package registry
