@@ -1,0 +1,122 @@
+package api
+
+import (
+	"context"
+	"crypto"
+	"log/slog"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/rpc"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+	"github.com/seed-caa81108/assay/server/attest"
+	"github.com/seed-caa81108/assay/server/audit"
+	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/registry"
+)
+
+// AgentConfig is what an AgentService needs.
+type AgentConfig struct {
+	TrustDomain spiffeid.TrustDomain
+	// ReservedPrefix is "/assay/" or "/spire/".
+	ReservedPrefix string
+	Authority      *ca.Authority
+	Registry       *registry.Registry
+	Attestors      map[string]NodeAttestor
+	Audit          Auditor
+	Log            *slog.Logger
+	// SignBatch is how many items a SignX509 may have.
+	SignBatch int
+	// AttestRate is how many attestations an address may begin per second.
+	AttestRate int
+}
+
+// AgentService is the server's side of the protocol between agent and server.
+type AgentService struct {
+	agentv1.UnimplementedAgentServer
+	cfg       AgentConfig
+	addresses *addresses
+	bundles   bundleCache
+
+	stopOnce sync.Once
+	stopping chan struct{}
+}
+
+// NewAgentService returns the service.
+func NewAgentService(cfg AgentConfig) *AgentService {
+	return &AgentService{cfg: cfg, addresses: newAddresses(cfg.AttestRate), stopping: make(chan struct{})}
+}
+
+// Stop ends every stream with Unavailable, so that agents look for another
+// server. Calls that are not streams finish.
+func (s *AgentService) Stop() { s.stopOnce.Do(func() { close(s.stopping) }) }
+
+// Bundle implements agentv1.AgentServer. It is not authenticated: a caller
+// trusts from the answer what it can check.
+func (s *AgentService) Bundle(context.Context, *agentv1.BundleRequest) (*agentv1.BundleResponse, error) {
+	return &agentv1.BundleResponse{Bundle: s.bundles.message(s.cfg.Authority.Bundle())}, nil
+}
+
+// Renew implements agentv1.AgentServer. The new certificate is recorded as
+// pending and becomes the active one by its first use; until then the old one
+// stays valid, so a lost answer costs nothing.
+func (s *AgentService) Renew(ctx context.Context, req *agentv1.RenewRequest) (*agentv1.RenewResponse, error) {
+	caller, err := s.admit(ctx)
+	if err != nil {
+		return nil, err
+	}
+	identity, err := s.renew(ctx, caller.ID, req.GetCsr())
+	if err != nil {
+		// What was signed has its line already; this is about what was not.
+		if aerr := record(ctx, s.cfg.Audit, audit.Line{
+			Origin: origin(ctx), Action: "agent.renew", Target: audit.Target{AgentID: caller.ID.String()},
+			Why: audit.Why{Rule: "active_svid"}, Result: result(err),
+		}); aerr != nil {
+			return nil, aerr
+		}
+		return nil, err
+	}
+	return &agentv1.RenewResponse{Identity: identity}, nil
+}
+
+func (s *AgentService) renew(ctx context.Context, id spiffeid.ID, csr []byte) (*agentv1.Identity, error) {
+	key, err := ca.ParseCSR(csr)
+	if err != nil {
+		return nil, err
+	}
+	return s.issueAgent(ctx, id, key, "active_svid")
+}
+
+// admit returns the calling agent after noting that its serial is in use: the
+// first use of a renewed certificate makes it the active one.
+func (s *AgentService) admit(ctx context.Context) (rpc.Caller, error) {
+	caller := rpc.CallerFrom(ctx)
+	if err := s.cfg.Registry.UseSerial(ctx, caller.ID, caller.Serial); err != nil {
+		return rpc.Caller{}, err
+	}
+	return caller, nil
+}
+
+// issueAgent signs an agent's own certificate and records its serial before
+// anybody sees it.
+func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, rule string) (*agentv1.Identity, error) {
+	svids, err := s.cfg.Authority.IssueX509(ctx, origin(ctx), []ca.X509Request{{Kind: ca.Agent, ID: id, PublicKey: key, Rule: rule}})
+	if err != nil {
+		return nil, err
+	}
+	svid := svids[0]
+	if svid.Err != nil {
+		return nil, svid.Err
+	}
+	hash, err := attest.KeyHash(key)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cfg.Registry.RecordIssued(ctx, id, svid.Serial, hash, svid.NotAfter); err != nil {
+		return nil, err
+	}
+	return &agentv1.Identity{
+		AgentId: id.String(), Chain: svid.Chain, Bundle: s.bundles.message(s.cfg.Authority.Bundle()),
+	}, nil
+}

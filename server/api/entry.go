@@ -1,0 +1,211 @@
+package api
+
+import (
+	"context"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/server/audit"
+	"github.com/seed-caa81108/assay/server/registry"
+)
+
+// EntryService is the operators' half of SPIRE's entry API.
+type EntryService struct {
+	entryv1.UnimplementedEntryServer
+	td      spiffeid.TrustDomain
+	entries *registry.Registry
+	audit   Auditor
+}
+
+// NewEntryService returns the service.
+func NewEntryService(td spiffeid.TrustDomain, entries *registry.Registry, log Auditor) *EntryService {
+	return &EntryService{td: td, entries: entries, audit: log}
+}
+
+// CountEntries implements entryv1.EntryServer.
+func (s *EntryService) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
+	filter, err := entryFilterFromProto(s.td, filterOf(req.GetFilter()))
+	if err != nil {
+		return nil, err
+	}
+	if filter.none {
+		return &entryv1.CountEntriesResponse{}, nil
+	}
+	return &entryv1.CountEntriesResponse{Count: int32(s.entries.CountEntries(filter.EntryFilter))}, nil
+}
+
+// ListEntries implements entryv1.EntryServer. Pages are in the order of the
+// entries' ids, bounded in number and in bytes.
+func (s *EntryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
+	filter, err := entryFilterFromProto(s.td, req.GetFilter())
+	if err != nil {
+		return nil, err
+	}
+	after, err := pageStart(req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	size, err := pageSize(req.GetPageSize())
+	if err != nil {
+		return nil, err
+	}
+	if filter.none {
+		return &entryv1.ListEntriesResponse{}, nil
+	}
+	found, next := s.entries.ListEntries(filter.EntryFilter, after, size)
+	list := make([]*types.Entry, len(found))
+	for i := range found {
+		list[i] = maskEntry(entryToProto(&found[i]), req.GetOutputMask())
+	}
+	if n := fill(list); n < len(list) {
+		list, next = list[:n], list[n-1].GetId()
+	}
+	resp := &entryv1.ListEntriesResponse{Entries: list}
+	if next != "" {
+		resp.NextPageToken = pageToken(next)
+	}
+	return resp, nil
+}
+
+// GetEntry implements entryv1.EntryServer.
+func (s *EntryService) GetEntry(_ context.Context, req *entryv1.GetEntryRequest) (*types.Entry, error) {
+	if req.GetId() == "" {
+		return nil, fault.New(fault.Invalid, "entry_id_missing", "name the entry by its id")
+	}
+	e, ok := s.entries.Entry(req.GetId())
+	if !ok {
+		return nil, fault.New(fault.NotFound, "entry_unknown", "no entry has this id")
+	}
+	return maskEntry(entryToProto(&e), req.GetOutputMask()), nil
+}
+
+// BatchCreateEntry implements entryv1.EntryServer.
+func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntryRequest) (*entryv1.BatchCreateEntryResponse, error) {
+	results := make([]registry.EntryResult, len(req.GetEntries()))
+	var good []registry.Entry
+	var of []int
+	for i, p := range req.GetEntries() {
+		e, err := entryFromProto(s.td, p)
+		if err != nil {
+			results[i].Err = err
+			continue
+		}
+		good, of = append(good, e), append(of, i)
+	}
+	for i, r := range s.entries.CreateEntries(ctx, good) {
+		results[of[i]] = r
+	}
+	resp := &entryv1.BatchCreateEntryResponse{Results: make([]*entryv1.BatchCreateEntryResponse_Result, len(results))}
+	log := s.batch(ctx, "entry.create", len(results))
+	for i, r := range results {
+		log.add(entryTarget(&r.Entry), r.Err)
+		item := &entryv1.BatchCreateEntryResponse_Result{Status: itemStatus(r.Err)}
+		if r.Entry.ID != "" && (r.Err == nil || fault.KindOf(r.Err) == fault.Exists) {
+			item.Entry = maskEntry(entryToProto(&r.Entry), req.GetOutputMask())
+		}
+		resp.Results[i] = item
+	}
+	if err := log.write(ctx); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// BatchUpdateEntry implements entryv1.EntryServer. Without an input mask all
+// fields are replaced.
+func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntryRequest) (*entryv1.BatchUpdateEntryResponse, error) {
+	mask := req.GetInputMask()
+	if mask == nil {
+		mask = everyField
+	}
+	resp := &entryv1.BatchUpdateEntryResponse{Results: make([]*entryv1.BatchUpdateEntryResponse_Result, len(req.GetEntries()))}
+	log := s.batch(ctx, "entry.update", len(resp.Results))
+	for i, p := range req.GetEntries() {
+		e, err := s.update(ctx, p, mask)
+		target := entryTarget(&e)
+		if err != nil {
+			target = namedEntry(p.GetId())
+		}
+		log.add(target, err)
+		item := &entryv1.BatchUpdateEntryResponse_Result{Status: itemStatus(err)}
+		if err == nil {
+			item.Entry = maskEntry(entryToProto(&e), req.GetOutputMask())
+		}
+		resp.Results[i] = item
+	}
+	if err := log.write(ctx); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+func (s *EntryService) update(ctx context.Context, p *types.Entry, mask *types.EntryMask) (registry.Entry, error) {
+	if p.GetId() == "" {
+		return registry.Entry{}, fault.New(fault.Invalid, "entry_id_missing", "name the entry by its id")
+	}
+	change, err := entryChange(s.td, p, mask)
+	if err != nil {
+		return registry.Entry{}, err
+	}
+	return s.entries.UpdateEntry(ctx, p.GetId(), change)
+}
+
+// BatchDeleteEntry implements entryv1.EntryServer.
+func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntryRequest) (*entryv1.BatchDeleteEntryResponse, error) {
+	targets := make([]audit.Target, len(req.GetIds()))
+	for i, id := range req.GetIds() {
+		targets[i] = namedEntry(id)
+		if e, ok := s.entries.Entry(id); ok {
+			targets[i] = entryTarget(&e)
+		}
+	}
+	resp := &entryv1.BatchDeleteEntryResponse{Results: make([]*entryv1.BatchDeleteEntryResponse_Result, len(req.GetIds()))}
+	log := s.batch(ctx, "entry.delete", len(resp.Results))
+	for i, err := range s.entries.DeleteEntries(ctx, req.GetIds()) {
+		log.add(targets[i], err)
+		resp.Results[i] = &entryv1.BatchDeleteEntryResponse_Result{Status: itemStatus(err), Id: req.GetIds()[i]}
+	}
+	if err := log.write(ctx); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+func entryTarget(e *registry.Entry) audit.Target {
+	if e.ID == "" {
+		return audit.Target{}
+	}
+	return audit.Target{SPIFFEID: e.SPIFFEID.String(), EntryID: e.ID, EntryRevision: e.Revision}
+}
+
+// namedEntry is for an entry that only the request names: too long a name is
+// left out rather than cut.
+func namedEntry(id string) audit.Target {
+	if len(id) > registry.MaxEntryID {
+		return audit.Target{}
+	}
+	return audit.Target{EntryID: id}
+}
+
+// batchLog gathers the audit lines of a batch of writes.
+type batchLog struct {
+	audit  Auditor
+	origin audit.Origin
+	action string
+	lines  []audit.Line
+}
+
+func (s *EntryService) batch(ctx context.Context, action string, n int) *batchLog {
+	return &batchLog{audit: s.audit, origin: origin(ctx), action: action, lines: make([]audit.Line, 0, n)}
+}
+
+func (b *batchLog) add(target audit.Target, err error) {
+	b.lines = append(b.lines, audit.Line{
+		Origin: b.origin, Action: b.action, Target: target, Why: audit.Why{Rule: "operator"}, Result: result(err),
+	})
+}
+
+func (b *batchLog) write(ctx context.Context) error { return record(ctx, b.audit, b.lines...) }

@@ -1,0 +1,103 @@
+package api
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/server/audit"
+)
+
+const (
+	// repeatAfter is how long the same refusal of the same caller is not
+	// written again: a banned agent that keeps knocking makes one line of it.
+	repeatAfter = time.Minute
+	// maxRefused bounds both what waits to be written and what is remembered.
+	maxRefused = 1024
+)
+
+// Refusals puts the refusals of the method tables into the audit log. The
+// tables decide in the transport's reader, where nothing may block, so the
+// lines are written a moment later; the refusal itself never waits for them.
+type Refusals struct {
+	audit Auditor
+	log   *slog.Logger
+	queue chan audit.Line
+
+	mu     sync.Mutex
+	recent map[refusal]time.Time
+}
+
+// refusal is what makes two refusals the same.
+type refusal struct {
+	uid    uint32
+	id     string
+	reason string
+}
+
+// NewRefusals returns refusals that are written by Run.
+func NewRefusals(log Auditor, logger *slog.Logger) *Refusals {
+	return &Refusals{audit: log, log: logger, queue: make(chan audit.Line, maxRefused), recent: map[refusal]time.Time{}}
+}
+
+// Report takes note of a refusal. It never blocks; it is a Refused.
+func (r *Refusals) Report(c rpc.Caller, err error) {
+	key := refusal{uid: c.UID, reason: fault.ReasonOf(err)}
+	if !c.Local {
+		key.id = c.ID.String()
+	}
+	if !r.first(key, time.Now()) {
+		return
+	}
+	line := audit.Line{
+		Origin: audit.Origin{Actor: actor(c), From: c.Addr},
+		Action: "call.refuse",
+		Why:    audit.Why{Rule: "method_table"},
+		Result: result(err),
+	}
+	select {
+	case r.queue <- line:
+	default: // the log of the process has every refusal; the audit log has as many as it can take
+	}
+}
+
+func (r *Refusals) first(key refusal, now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if last, ok := r.recent[key]; ok && now.Sub(last) < repeatAfter {
+		return false
+	}
+	if len(r.recent) >= maxRefused {
+		clear(r.recent)
+	}
+	r.recent[key] = now
+	return true
+}
+
+// Run writes what is reported until ctx ends, and then what is left.
+func (r *Refusals) Run(ctx context.Context) error {
+	for {
+		select {
+		case line := <-r.queue:
+			r.write(ctx, line)
+		case <-ctx.Done():
+			for {
+				select {
+				case line := <-r.queue:
+					r.write(ctx, line)
+				default:
+					return nil
+				}
+			}
+		}
+	}
+}
+
+func (r *Refusals) write(ctx context.Context, line audit.Line) {
+	if err := r.audit.Record(context.WithoutCancel(ctx), line); err != nil {
+		r.log.LogAttrs(ctx, slog.LevelError, "refusal is not in the audit log", slog.String("error", err.Error()))
+	}
+}

@@ -1,0 +1,104 @@
+package server
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
+	"github.com/seed-caa81108/assay/server/audit"
+	"github.com/seed-caa81108/assay/server/ca"
+)
+
+// identity keeps the server's own X.509-SVID fresh. Its key lives in memory
+// and is a new one for each certificate.
+type identity struct {
+	id        spiffeid.ID
+	authority *ca.Authority
+	log       *slog.Logger
+	metrics   *metrics
+	leaf      atomic.Pointer[tls.Certificate]
+}
+
+// newIdentity issues the first certificate.
+func (s *Server) newIdentity(ctx context.Context, r *rooms) (*identity, error) {
+	id, err := spiffeid.FromPath(s.cfg.trustDomain(), s.cfg.prefix()+"server")
+	if err != nil {
+		return nil, fmt.Errorf("build server ID: %w", err)
+	}
+	i := &identity{id: id, authority: r.authority, log: s.deps.Log, metrics: s.metrics}
+	return i, i.issue(ctx)
+}
+
+// certificate returns the current certificate; it is asked at each handshake.
+func (i *identity) certificate() (*tls.Certificate, error) {
+	leaf := i.leaf.Load()
+	if leaf == nil || !time.Now().Before(leaf.Leaf.NotAfter) {
+		return nil, fault.New(fault.NotReady, "server_svid_expired", "the server's own certificate has expired and could not be renewed: see its log")
+	}
+	return leaf, nil
+}
+
+// keepFresh renews at half life, by wall clock, and tries again until it
+// succeeds. Connections that are open keep the certificate they began with.
+func (i *identity) keepFresh(ctx context.Context) error {
+	var backoff schedule.Backoff
+	leaf := i.leaf.Load().Leaf
+	due := schedule.RenewAt(time.Now(), leaf.NotAfter)
+	for {
+		if err := schedule.Sleep(ctx, schedule.Tick(leaf.NotAfter.Sub(leaf.NotBefore))); err != nil {
+			return nil
+		}
+		if time.Now().Before(due) {
+			continue
+		}
+		if err := i.issue(ctx); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			i.log.LogAttrs(ctx, slog.LevelWarn, "server certificate could not be renewed",
+				slog.String("error", err.Error()), slog.Time("not_after", leaf.NotAfter))
+			due = time.Now().Add(backoff.Next())
+			continue
+		}
+		backoff.Reset()
+		leaf = i.leaf.Load().Leaf
+		due = schedule.RenewAt(time.Now(), leaf.NotAfter)
+	}
+}
+
+// issue makes a key and has our own authority sign for it: there is no other
+// road to a signature (I1).
+func (i *identity) issue(ctx context.Context) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fmt.Errorf("generate server key: %w", err)
+	}
+	by := audit.Origin{Actor: audit.Actor{Kind: "server", SPIFFEID: i.id.String()}}
+	svids, err := i.authority.IssueX509(ctx, by, []ca.X509Request{{Kind: ca.Server, ID: i.id, PublicKey: key.Public(), Rule: "own_identity"}})
+	if err != nil {
+		return fmt.Errorf("issue server certificate: %w", err)
+	}
+	if svids[0].Err != nil {
+		return fmt.Errorf("issue server certificate: %w", svids[0].Err)
+	}
+	leaf, err := x509.ParseCertificate(svids[0].Chain[0])
+	if err != nil {
+		return fmt.Errorf("parse server certificate: %w", err)
+	}
+	i.leaf.Store(&tls.Certificate{Certificate: svids[0].Chain, PrivateKey: key, Leaf: leaf})
+	i.metrics.svidNotAfter.Set(float64(leaf.NotAfter.Unix()))
+	i.log.LogAttrs(ctx, slog.LevelInfo, "server certificate issued",
+		slog.String("serial", svids[0].Serial), slog.Time("not_after", leaf.NotAfter))
+	return nil
+}

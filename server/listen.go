@@ -1,0 +1,261 @@
+package server
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	"github.com/seed-caa81108/assay/pkg/durable"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/rpc"
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+	"github.com/seed-caa81108/assay/server/api"
+	"github.com/seed-caa81108/assay/server/attest"
+	"github.com/seed-caa81108/assay/server/ca"
+)
+
+const (
+	// maxAgentMessage holds a full batch of CSRs with EC keys.
+	maxAgentMessage = 256 << 10
+	// maxAdminMessage is gRPC's usual limit: operators' tools expect it.
+	maxAdminMessage = 4 << 20
+	// drainTime is how long calls may take to finish once the server stops.
+	drainTime = 5 * time.Second
+	// socketCheck is how often a removed admin socket is looked for.
+	socketCheck = 2 * time.Second
+)
+
+// listen opens both listeners and serves until ctx ends.
+func (s *Server) listen(ctx context.Context, r *rooms) error {
+	own, err := s.newIdentity(ctx, r)
+	if err != nil {
+		return err
+	}
+	agentService := s.agentService(r)
+	agents, admin, err := s.grpcServers(r, own, agentService)
+	if err != nil {
+		return err
+	}
+	socket, err := s.listenAdmin()
+	if err != nil {
+		return err
+	}
+	port, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.cfg.Listen)
+	if err != nil {
+		_ = socket.Close()
+		return fault.Wrap(fault.Precondition, err, "config_listen", "listen: "+s.cfg.Listen+" can't be opened: free the port or set another address")
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return served(gctx, agents.Serve(port)) })
+	g.Go(func() error { return s.serveAdmin(gctx, admin, socket) })
+	g.Go(func() error { return own.keepFresh(gctx) })
+	g.Go(func() error {
+		<-gctx.Done()
+		s.setStopping()
+		agentService.Stop()
+		drain(agents, admin)
+		return errStopped
+	})
+	s.setServing(port.Addr(), func() error { return health(r, own) })
+	s.deps.Log.LogAttrs(ctx, slog.LevelInfo, "server is ready", slog.String("trust_domain", s.cfg.TrustDomain),
+		slog.String("listen", port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket))
+	return g.Wait()
+}
+
+func (s *Server) agentService(r *rooms) *api.AgentService {
+	return api.NewAgentService(api.AgentConfig{
+		TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Authority: r.authority, Registry: r.registry,
+		Attestors: map[string]api.NodeAttestor{
+			"join_token": attest.NewJoinToken(r.registry),
+			"rejoin":     attest.NewRejoin(r.registry),
+		},
+		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
+	})
+}
+
+// grpcServers builds both servers; every method that they have is in a table.
+func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService) (agents, admin *grpc.Server, err error) {
+	gid, err := s.cfg.Admin.gid()
+	if err != nil {
+		return nil, nil, err
+	}
+	td := s.cfg.trustDomain()
+	agents = rpc.NewServer(rpc.ServerConfig{
+		Name: "agents", Methods: api.AgentMethods(s.cfg.prefix(), r.registry, r.refusals.Report),
+		Creds: limitConns(rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)),
+			s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
+		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
+		Options: []grpc.ServerOption{
+			grpc.KeepaliveParams(keepalive.ServerParameters{
+				MaxConnectionIdle: 5 * time.Minute,
+				// A connection that agents keep using is replaced now and then,
+				// without ending the streams on it.
+				MaxConnectionAge: 30 * time.Minute,
+				Time:             time.Minute, Timeout: 20 * time.Second,
+			}),
+			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}),
+		},
+	})
+	agentv1.RegisterAgentServer(agents, agentService)
+
+	operators := api.Operators{UIDs: append([]uint32{uint32(os.Geteuid())}, s.cfg.Admin.UIDs...), GID: gid}
+	admin = rpc.NewServer(rpc.ServerConfig{
+		Name: "admin", Methods: api.AdminMethods(operators, r.refusals.Report), Creds: rpc.LocalCreds(),
+		MaxRecvBytes: maxAdminMessage, Log: s.deps.Log, Metrics: s.metrics.rpc,
+	})
+	entryv1.RegisterEntryServer(admin, api.NewEntryService(td, r.registry, r.audit))
+	spireagentv1.RegisterAgentServer(admin, api.NewAgentAdmin(td, r.registry, r.audit, s.cfg.Attestation.JoinToken.MaxTTL))
+	bundlev1.RegisterBundleServer(admin, api.NewBundleService(r.authority))
+	adminv1.RegisterAdminServer(admin, api.NewAdminService(api.AdminServiceConfig{
+		TrustDomain: td, Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
+	}))
+	reflection.Register(admin)
+	return agents, admin, nil
+}
+
+// freshRoots gives each handshake the roots of the bundle as it is then. The
+// pool is made once per bundle and never changed.
+func freshRoots(td spiffeid.TrustDomain, authority *ca.Authority) rpc.Roots {
+	type generation struct {
+		bundle *ca.Bundle
+		pool   *x509.CertPool
+	}
+	var last atomic.Pointer[generation]
+	return func() (spiffeid.TrustDomain, *x509.CertPool) {
+		bundle := authority.Bundle()
+		g := last.Load()
+		if g == nil || g.bundle != bundle {
+			g = &generation{bundle: bundle, pool: bundle.Pool()}
+			last.Store(g)
+		}
+		return td, g.pool
+	}
+}
+
+// listenAdmin puts the operators' socket in place. The socket, and a directory
+// that is for a group only, are given to admin.group if there is one.
+func (s *Server) listenAdmin() (*durable.Listener, error) {
+	dir := filepath.Dir(s.cfg.Admin.Socket)
+	if err := durable.MkdirPrivate(dir, 0o750); err != nil {
+		return nil, fmt.Errorf("check directory of admin.socket: %w", err)
+	}
+	gid, err := s.cfg.Admin.gid()
+	if err != nil {
+		return nil, err
+	}
+	lis, err := durable.ListenUnix(s.cfg.Admin.Socket, 0o660)
+	if err != nil || gid == nil {
+		return lis, err
+	}
+	paths := []string{s.cfg.Admin.Socket}
+	// A directory that everybody may pass, such as /run, is left alone.
+	if info, err := os.Stat(dir); err == nil && info.Mode().Perm()&0o017 == 0o010 {
+		paths = append(paths, dir)
+	}
+	for _, path := range paths {
+		if err := os.Lchown(path, -1, int(*gid)); err != nil {
+			_ = lis.Close()
+			return nil, fault.Wrap(fault.Precondition, err, "admin_group_denied",
+				path+" can't be given to admin.group: let the server's user be a member of it, or leave admin.group out")
+		}
+	}
+	return lis, nil
+}
+
+// serveAdmin serves the admin socket and puts it back if somebody removed it.
+func (s *Server) serveAdmin(ctx context.Context, admin *grpc.Server, first *durable.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return served(ctx, admin.Serve(first)) })
+	g.Go(func() error {
+		socket := first
+		ticker := time.NewTicker(socketCheck)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-ticker.C:
+			}
+			if socket.InPlace() {
+				continue
+			}
+			next, err := s.listenAdmin()
+			if err != nil {
+				s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "admin socket is gone and can't be put back", slog.String("error", err.Error()))
+				continue
+			}
+			s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "admin socket was removed: put it back", slog.String("path", s.cfg.Admin.Socket))
+			// Connections over the old one live on; the server closes both
+			// listeners when it stops.
+			socket = next
+			g.Go(func() error { return served(ctx, admin.Serve(next)) })
+		}
+	})
+	return g.Wait()
+}
+
+// served turns the end of a grpc.Server into an error only if nobody asked
+// for it.
+func served(ctx context.Context, err error) error {
+	if ctx.Err() != nil || errors.Is(err, grpc.ErrServerStopped) {
+		return nil
+	}
+	if err == nil {
+		return errors.New("a listener ended by itself")
+	}
+	return fmt.Errorf("serve: %w", err)
+}
+
+// drain lets calls finish for drainTime and then ends them.
+func drain(servers ...*grpc.Server) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var g errgroup.Group
+		for _, srv := range servers {
+			g.Go(func() error { srv.GracefulStop(); return nil })
+		}
+		_ = g.Wait()
+	}()
+	timer := time.NewTimer(drainTime)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		for _, srv := range servers {
+			srv.Stop()
+		}
+		<-done
+	}
+}
+
+// health says whether the server can do its work.
+func health(r *rooms, own *identity) error {
+	select {
+	case <-r.store.Failed():
+		return r.store.Err()
+	default:
+	}
+	if err := r.audit.Err(); err != nil {
+		return err
+	}
+	_, err := own.certificate()
+	return err
+}

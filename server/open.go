@@ -1,0 +1,84 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/seed-caa81108/assay/pkg/durable"
+	"github.com/seed-caa81108/assay/server/api"
+	"github.com/seed-caa81108/assay/server/audit"
+	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/keys"
+	"github.com/seed-caa81108/assay/server/registry"
+	"github.com/seed-caa81108/assay/server/store"
+)
+
+// rooms is everything that is open while the server runs.
+type rooms struct {
+	store     *store.Bolt
+	audit     *audit.Log
+	authority *ca.Authority
+	registry  *registry.Registry
+	refusals  *api.Refusals
+	warnings  []string
+	startedAt time.Time
+
+	closers []func() error // in the order of opening
+}
+
+// close closes what was opened, the last first.
+func (r *rooms) close() error {
+	var errs []error
+	for i := len(r.closers) - 1; i >= 0; i-- {
+		errs = append(errs, r.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+// open opens the rooms in the order in which they need each other.
+func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
+	r := &rooms{startedAt: time.Now()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.close())
+		}
+	}()
+	if err := durable.MkdirPrivate(s.cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("check data_dir: %w", err)
+	}
+	r.warnings = s.warnings()
+	for _, text := range r.warnings {
+		s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "configuration needs attention", slog.String("warning", text))
+	}
+	seal, err := keys.LoadSealKey(s.cfg.SealKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	if r.store, err = store.OpenBolt(store.BoltConfig{Dir: s.cfg.DataDir, Log: s.deps.Log}); err != nil {
+		return nil, err
+	}
+	r.closers = append(r.closers, r.store.Close)
+	if r.audit, err = audit.Open(s.cfg.Audit, s.deps.Log); err != nil {
+		return nil, err
+	}
+	r.closers = append(r.closers, r.audit.Close)
+	r.refusals = api.NewRefusals(r.audit, s.deps.Log)
+	td := s.cfg.trustDomain()
+	if r.authority, err = ca.Open(ctx, ca.Options{
+		TrustDomain: td, Config: s.cfg.CA, AgentSVIDTTL: s.cfg.Attestation.AgentSVIDTTL, Bootstrap: s.cfg.Bootstrap,
+		ReservedPrefix: s.cfg.prefix(), Store: r.store, Keys: keys.NewSealed(seal, td), MAC: seal.MAC,
+		Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
+	}); err != nil {
+		return nil, fmt.Errorf("open authority: %w", err)
+	}
+	if r.registry, err = registry.Open(ctx, registry.Options{
+		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), RejoinWindow: *s.cfg.Attestation.RejoinWindow,
+		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
+	}); err != nil {
+		return nil, fmt.Errorf("open registry: %w", err)
+	}
+	return r, nil
+}

@@ -1,0 +1,223 @@
+package server
+
+import (
+	"fmt"
+	"net"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/server/registry"
+)
+
+const (
+	maxSignBatch     = 256
+	defaultTokenTTL  = time.Hour
+	maxTokenTTL      = registry.MaxTokenTTL
+	maxRejoinWindow  = 90 * 24 * time.Hour
+	defaultRejoin    = 7 * 24 * time.Hour
+	defaultAgentTTL  = 12 * time.Hour
+	defaultPrefix    = "assay"
+	spirePrefix      = "spire"
+	defaultDataDir   = "/var/lib/assay-server"
+	defaultSocket    = "/run/assay-server/admin.sock"
+	defaultSealKey   = "/etc/assay-server/seal.key"
+	defaultListen    = ":8443"
+	defaultMetrics   = "127.0.0.1:9402"
+	driverBolt       = "bbolt"
+	defaultStreams   = 100
+	defaultPerAgent  = 8
+	defaultAnonymous = 256
+	defaultAttest    = 50
+)
+
+// Validate returns c with its defaults filled in, or says which field can't be
+// honoured and gives a value that would pass. It looks at nothing but the
+// configuration and the host's group list.
+func (c Config) Validate() (Config, error) {
+	c = c.withDefaults()
+	for _, check := range []func() error{
+		c.checkIdentity, c.checkPlaces, c.checkChoices, c.checkLimits,
+		func() error { _, err := c.Admin.gid(); return err },
+		c.checkLives,
+	} {
+		if err := check(); err != nil {
+			return Config{}, err
+		}
+	}
+	return c, nil
+}
+
+func (c Config) withDefaults() Config {
+	setText(&c.SealKeyFile, defaultSealKey)
+	setText(&c.Listen, defaultListen)
+	setText(&c.Admin.Socket, defaultSocket)
+	setText(&c.Store.Driver, driverBolt)
+	setText(&c.Metrics.Listen, defaultMetrics)
+	setText(&c.Log.Level, "info")
+	setText(&c.Log.Format, "text")
+	setText(&c.DataDir, defaultDataDir)
+	setText(&c.ReservedPrefix, defaultPrefix)
+	setText(&c.Audit.Path, filepath.Join(c.DataDir, "audit.log"))
+	c.CA = c.CA.WithDefaults()
+	if c.Attestation.RejoinWindow == nil {
+		window := defaultRejoin
+		c.Attestation.RejoinWindow = &window
+	}
+	setNumber(&c.Attestation.AgentSVIDTTL, defaultAgentTTL)
+	setNumber(&c.Attestation.JoinToken.MaxTTL, defaultTokenTTL)
+	setNumber(&c.Limits.SignBatch, maxSignBatch)
+	setNumber(&c.Limits.Streams, defaultStreams)
+	setNumber(&c.Limits.AgentConnections, defaultPerAgent)
+	setNumber(&c.Limits.AnonymousConnections, defaultAnonymous)
+	setNumber(&c.Limits.AttestRate, defaultAttest)
+	return c
+}
+
+func setText(s *string, to string) {
+	if *s == "" {
+		*s = to
+	}
+}
+
+func setNumber[N int | uint32 | time.Duration](n *N, to N) {
+	if *n == 0 {
+		*n = to
+	}
+}
+
+func (c Config) checkIdentity() error {
+	if c.TrustDomain == "" {
+		return badConfig("trust_domain is missing: set trust_domain: example.org, with your own name")
+	}
+	id, err := registry.ParseID("spiffe://" + c.TrustDomain)
+	if err != nil || id.Path() != "" {
+		return badConfig("trust_domain is not the name of a trust domain: a-z, 0-9, dot, dash and underscore, at most 255, no scheme, port or empty label, as in trust_domain: example.org")
+	}
+	if c.Bootstrap != "" {
+		if _, err := time.Parse(time.DateOnly, c.Bootstrap); err != nil {
+			return badConfig("bootstrap is not a date: set bootstrap: %s for a new trust domain begun today, or leave it out", time.Now().UTC().Format(time.DateOnly))
+		}
+	}
+	return nil
+}
+
+func (c Config) checkPlaces() error {
+	for _, place := range []struct{ field, path, example string }{
+		{"data_dir", c.DataDir, defaultDataDir},
+		{"seal_key_file", c.SealKeyFile, defaultSealKey},
+		{"admin.socket", c.Admin.Socket, defaultSocket},
+		{"audit.path", c.Audit.Path, filepath.Join(defaultDataDir, "audit.log")},
+	} {
+		if !filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0) {
+			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
+		}
+	}
+	for _, address := range []struct{ field, value, example string }{
+		{"listen", c.Listen, defaultListen},
+		{"metrics.listen", c.Metrics.Listen, defaultMetrics},
+	} {
+		_, port, err := net.SplitHostPort(address.value)
+		if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || n > 65535 {
+			return badConfig("%s is not an address with a port: set %s: %s", address.field, address.field, address.example)
+		}
+	}
+	return nil
+}
+
+func (c Config) checkChoices() error {
+	for _, choice := range []struct {
+		field, value string
+		known        []string
+	}{
+		{"store.driver", c.Store.Driver, []string{driverBolt}},
+		{"reserved_prefix", c.ReservedPrefix, []string{defaultPrefix, spirePrefix}},
+		{"log.level", c.Log.Level, []string{"debug", "info", "warn", "error"}},
+		{"log.format", c.Log.Format, []string{"text", "json"}},
+	} {
+		if !slices.Contains(choice.known, choice.value) {
+			return badConfig("%s: set %s: %s", choice.field+" is not known", choice.field, strings.Join(choice.known, " or "))
+		}
+	}
+	return nil
+}
+
+func (c Config) checkLimits() error {
+	l := c.Limits
+	if l.SignBatch < 1 || l.SignBatch > maxSignBatch {
+		return badConfig("limits.sign_batch is between 1 and %d: set limits.sign_batch: %d", maxSignBatch, maxSignBatch)
+	}
+	for _, n := range []struct {
+		field string
+		value int
+		usual int
+	}{
+		{"connections_per_agent", l.AgentConnections, defaultPerAgent},
+		{"unauthenticated_connections_per_address", l.AnonymousConnections, defaultAnonymous},
+		{"attestations_per_second_per_address", l.AttestRate, defaultAttest},
+	} {
+		if n.value < 1 || n.value > 1_000_000 {
+			return badConfig("limits.%s is between 1 and 1000000: set limits.%s: %d", n.field, n.field, n.usual)
+		}
+	}
+	// An agent replaces its connection by making the new one first.
+	if l.AgentConnections < 2 {
+		return badConfig("limits.connections_per_agent is at least 2: set limits.connections_per_agent: %d", defaultPerAgent)
+	}
+	if c.Audit.MaxBytes < 0 || c.Audit.Keep < 0 {
+		return badConfig("audit.max_bytes and audit.keep can't be negative: leave them out for 100 MiB and 10 files")
+	}
+	return nil
+}
+
+// checkLives holds the lifetimes to each other (I6).
+func (c Config) checkLives() error {
+	a := c.Attestation
+	switch window := *a.RejoinWindow; {
+	case window < 0 || window > maxRejoinWindow:
+		return badConfig("attestation.rejoin_window is between 0s (off) and %v: set attestation.rejoin_window: %v", maxRejoinWindow, defaultRejoin)
+	case a.JoinToken.MaxTTL < time.Second || a.JoinToken.MaxTTL > maxTokenTTL:
+		return badConfig("attestation.join_token.max_ttl is between 1s and %v: set attestation.join_token.max_ttl: %v", maxTokenTTL, defaultTokenTTL)
+	case a.AgentSVIDTTL < 0:
+		return badConfig("attestation.agent_svid_ttl can't be negative: set attestation.agent_svid_ttl: %v", defaultAgentTTL)
+	}
+	return c.CA.Check(a.AgentSVIDTTL)
+}
+
+// gid resolves Group; nil when none is set.
+func (a AdminConfig) gid() (*uint32, error) {
+	if a.Group == "" {
+		return nil, nil
+	}
+	text := a.Group
+	if _, err := strconv.ParseUint(text, 10, 32); err != nil {
+		group, err := user.LookupGroup(text)
+		if err != nil {
+			return nil, badConfig("admin.group is not a group of this host: create it, name another, or leave admin.group out")
+		}
+		text = group.Gid
+	}
+	n, err := strconv.ParseUint(text, 10, 32)
+	if err != nil {
+		return nil, fmt.Errorf("read gid of admin.group: %w", err)
+	}
+	gid := uint32(n)
+	return &gid, nil
+}
+
+// trustDomain and prefix are for a validated configuration.
+func (c Config) trustDomain() spiffeid.TrustDomain {
+	return spiffeid.RequireTrustDomainFromString(c.TrustDomain)
+}
+
+func (c Config) prefix() string { return "/" + c.ReservedPrefix + "/" }
+
+func badConfig(format string, args ...any) error {
+	return fault.Newf(fault.Precondition, "config_invalid", format, args...)
+}
