@@ -1,0 +1,5 @@
+//go:build nopidfd
+
+package attest
+
+const pinned = false

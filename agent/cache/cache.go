@@ -1,0 +1,258 @@
+package cache
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/seed-caa81108/assay/agent/state"
+	"github.com/seed-caa81108/assay/pkg/durable"
+	"github.com/seed-caa81108/assay/pkg/schedule"
+	"github.com/seed-caa81108/assay/pkg/selector"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+// Conn is a connection to the server that is authenticated as this agent.
+type Conn interface {
+	Client() agentv1.AgentClient
+	// Replaced is closed when a better connection is there.
+	Replaced() <-chan struct{}
+	Release()
+}
+
+// Connector gives the current connection, waiting for one until ctx ends.
+type Connector interface {
+	Conn(ctx context.Context) (Conn, error)
+}
+
+// Options are what New needs.
+type Options struct {
+	TrustDomain spiffeid.TrustDomain
+	// ReservedPrefix of paths that no workload may have: "/assay/".
+	ReservedPrefix string
+	// RunDir is the directory of the sealed file, best on a file system in
+	// memory.
+	RunDir     string
+	Version    string
+	State      *state.State
+	Connector  Connector
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Cache is this node's share of the trust domain.
+type Cache struct {
+	td       spiffeid.TrustDomain
+	reserved string
+	file     string
+	version  string
+	state    *state.State
+	servers  Connector
+	log      *slog.Logger
+	metrics  *metrics
+
+	wake      chan struct{} // the signer has something to look at
+	unsealed  chan struct{} // the sealed file is out of date
+	accountCh chan struct{} // acknowledgement or report may have changed
+
+	mu sync.Mutex
+	// What the server said.
+	agentID   string
+	epoch     string
+	revision  int64
+	synced    bool // the view was complete once, by the server or the file
+	connected bool
+	lastSync  time.Time
+	bundle    *state.Bundle
+	bundleDER []byte
+	verifier  *verifier
+	entries   map[string]*entry
+	byKey     map[selector.Selector]map[*entry]struct{}
+	// Who is served.
+	groups        map[string]*group
+	groupsBy      map[selector.Selector]map[*group]struct{}
+	idle          []*group
+	dirty         map[*group]struct{}
+	subscriptions map[*Subscription]struct{}
+	hintsWarned   map[string]struct{}
+	// Signing.
+	ready    queue
+	timed    queue
+	sequence uint64
+	inFlight int
+	pause    time.Time
+	wait     schedule.Backoff
+	// Accounting.
+	lagging int // open subscriptions whose last message had an older bundle
+	closed  map[delivery]time.Time
+	purged  bool
+
+	marksMu sync.Mutex
+	marks   map[delivery]time.Time
+}
+
+// New returns a cache that holds what the last run left behind, and does
+// nothing yet.
+func New(o Options) (*Cache, error) {
+	if err := durable.MkdirPrivate(o.RunDir, 0o700); err != nil {
+		return nil, err
+	}
+	c := &Cache{
+		td: o.TrustDomain, reserved: o.ReservedPrefix, file: filepath.Join(o.RunDir, sealedName), version: o.Version,
+		state: o.State, servers: o.Connector, log: o.Log,
+		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1),
+		entries: map[string]*entry{}, byKey: map[selector.Selector]map[*entry]struct{}{},
+		groups: map[string]*group{}, groupsBy: map[selector.Selector]map[*group]struct{}{}, dirty: map[*group]struct{}{},
+		subscriptions: map[*Subscription]struct{}{}, hintsWarned: map[string]struct{}{},
+		ready: queue{less: byUrgency}, timed: queue{less: byTime}, wait: schedule.Backoff{Max: 10 * time.Second},
+		closed: map[delivery]time.Time{}, marks: map[delivery]time.Time{},
+	}
+	c.metrics = newMetrics(o.Registerer, c)
+	c.recallDeliveries()
+	if b, ok := o.State.Bundle(); ok && b.Authenticated {
+		c.setBundle(b)
+	}
+	c.load()
+	return c, nil
+}
+
+// Run keeps the cache current until ctx ends.
+func (c *Cache) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { c.syncLoop(ctx); return nil })
+	g.Go(func() error { c.signLoop(ctx); return nil })
+	g.Go(func() error { c.tickLoop(ctx); return nil })
+	g.Go(func() error { c.sealLoop(ctx); return nil })
+	return g.Wait()
+}
+
+// Purge forgets all entries, SVIDs and keys, here and in the sealed file, for
+// good: the agent was banned.
+func (c *Cache) Purge() error {
+	c.mu.Lock()
+	c.purged = true
+	for _, e := range c.entries {
+		c.removeEntry(e)
+	}
+	c.flush(now())
+	c.mu.Unlock()
+	return c.removeSealed()
+}
+
+// Status is what a health check wants to know.
+type Status struct {
+	// Synced: the cache has a complete view, be it an old one.
+	Synced bool
+	// Connected: the server's stream is open, so the view is current.
+	Connected bool
+	// LastSync is when the view was last known to be current.
+	LastSync       time.Time
+	Entries, SVIDs int
+	// EarliestNotAfter is the end of the SVID that ends first, among those
+	// that are held; zero when there is none.
+	EarliestNotAfter time.Time
+	BundleSequence   uint64
+}
+
+// Status returns a summary of the cache.
+func (c *Cache) Status() Status {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := Status{Synced: c.synced, Connected: c.connected, LastSync: c.lastSync, Entries: len(c.entries)}
+	if c.connected {
+		s.LastSync = now()
+	}
+	if c.bundle != nil {
+		s.BundleSequence = c.bundle.Sequence
+	}
+	for _, e := range c.entries {
+		if e.svid == nil {
+			continue
+		}
+		s.SVIDs++
+		if s.EarliestNotAfter.IsZero() || e.svid.NotAfter.Before(s.EarliestNotAfter) {
+			s.EarliestNotAfter = e.svid.NotAfter
+		}
+	}
+	return s
+}
+
+// tickLoop makes expiry visible: it compares snapshots with the wall clock.
+func (c *Cache) tickLoop(ctx context.Context) {
+	for {
+		c.mu.Lock()
+		life := c.shortestLife()
+		c.mu.Unlock()
+		if schedule.Sleep(ctx, schedule.Tick(life)) != nil {
+			return
+		}
+		at := now()
+		c.mu.Lock()
+		for _, g := range c.groups {
+			if v := g.view.Load(); v != nil && v.expired(at) {
+				c.dirty[g] = struct{}{}
+			}
+		}
+		c.flush(at)
+		c.mu.Unlock()
+		c.kick() // renewals are due by the wall clock too
+	}
+}
+
+// shortestLife of the SVIDs held; an hour when there are none.
+func (c *Cache) shortestLife() time.Duration {
+	life := time.Hour
+	for _, e := range c.entries {
+		if e.svid != nil && e.svid.life < life {
+			life = e.svid.life
+		}
+	}
+	return life
+}
+
+// setBundle makes b the bundle that everything is served and verified with.
+// Holders of SVIDs under a root that is tainted or gone renew at once.
+func (c *Cache) setBundle(b *state.Bundle) {
+	c.bundle, c.bundleDER, c.verifier = b, b.DER(), newVerifier(b)
+	c.lagging = 0
+	for s := range c.subscriptions {
+		if s.sent != nil && s.sent.BundleSequence < b.Sequence {
+			c.lagging++
+		}
+	}
+	for _, e := range c.entries {
+		if e.svid != nil && !c.trusted(e.svid) {
+			c.enqueue(e)
+		}
+	}
+	for _, g := range c.groups {
+		c.dirty[g] = struct{}{}
+	}
+}
+
+// trusted says whether an SVID's root is in the bundle and not tainted.
+func (c *Cache) trusted(s *SVID) bool {
+	a, ok := c.bundle.Authority(s.AuthorityID)
+	return ok && !a.Tainted
+}
+
+// kick wakes the signer.
+func (c *Cache) kick() { signal(c.wake) }
+
+// signal sends on a channel of capacity 1 if nothing is in it yet.
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// now is the wall clock without Go's monotonic part, which stands still while
+// the machine sleeps; certificates don't.
+func now() time.Time { return time.Now().Round(0) }

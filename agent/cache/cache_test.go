@@ -1,0 +1,718 @@
+package cache_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/seed-caa81108/assay/agent/cache"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+func TestServesWhatMatchesAndNothingElse(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1", "unix:gid:1"), entry("2", "db", "unix:uid:2"), entry("3", "any", "unix:gid:1"))
+		a.start()
+		synctest.Wait()
+		both := a.cache.Subscribe(sel("unix:uid:1", "unix:gid:1", "unix:user:x"))
+		defer both.Close()
+		wantPaths(t, both, "web", "any")
+		db := a.cache.Subscribe(sel("unix:uid:2"))
+		defer db.Close()
+		wantPaths(t, db, "db")
+		none := a.cache.Subscribe(sel("unix:uid:3"))
+		defer none.Close()
+		if _, err := none.Snapshot(); fault.KindOf(err) != fault.Denied || fault.ReasonOf(err) != "no_identity" {
+			t.Error(err)
+		}
+		empty := a.cache.Subscribe(nil)
+		defer empty.Close()
+		wantPaths(t, empty, "!no_identity")
+
+		snap, err := both.Snapshot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if snap.TrustDomain != td || snap.BundleSequence != 1 || string(snap.BundleDER) != string(f.bundled[0].cert.Raw) {
+			t.Error("bundle is not the server's")
+		}
+		for _, svid := range snap.SVIDs {
+			chain := must(x509.ParseCertificates(svid.CertificatesDER))
+			key := must(x509.ParsePKCS8PrivateKey(svid.KeyDER)).(*ecdsa.PrivateKey)
+			if len(chain) != 2 || !key.PublicKey.Equal(chain[0].PublicKey) || chain[0].URIs[0].String() != svid.ID.String() {
+				t.Errorf("SVID of %v does not hold together", svid.ID)
+			}
+			if svid.AuthorityID != f.signer.id() || !svid.NotAfter.Equal(chain[0].NotAfter) {
+				t.Errorf("SVID of %v: authority %s, ends %v", svid.ID, svid.AuthorityID, svid.NotAfter)
+			}
+		}
+	})
+}
+
+func TestBeforeTheFirstSyncNothingIsKnown(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.stop()
+		a.start()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "!not_synced")
+		if _, err := s.Snapshot(); fault.KindOf(err) != fault.NotReady {
+			t.Error(err)
+		}
+		f.set(entry("1", "web", "unix:uid:1"))
+		f.start()
+		awaitPaths(t, s, "web")
+	})
+}
+
+// The time from an entry to its SVID in an open stream has no ticker in it.
+func TestNewEntryReachesAWaitingSubscriptionAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "!no_identity")
+		start := time.Now()
+		f.set(entry("1", "web", "unix:uid:1"))
+		awaitPaths(t, s, "web")
+		if d := time.Since(start); d > 0 {
+			t.Errorf("took %v of the bubble's time", d)
+		}
+		if snap, _ := s.Snapshot(); !snap.CommittedAt.Equal(start) {
+			t.Errorf("committed at %v", snap.CommittedAt)
+		}
+	})
+}
+
+func TestSubscriptionsAreToldOfTheirOwnChangesOnly(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		web := entry("1", "web", "unix:uid:1")
+		f.set(web, entry("2", "db", "unix:uid:2"))
+		a.start()
+		synctest.Wait()
+		one, two := a.cache.Subscribe(sel("unix:uid:1")), a.cache.Subscribe(sel("unix:uid:2"))
+		defer one.Close()
+		defer two.Close()
+		wantPaths(t, one, "web")
+		wantPaths(t, two, "db")
+		steps := []struct {
+			what string
+			do   func()
+			tell bool
+			want []string
+		}{
+			{"nothing", func() {}, false, []string{"web"}},
+			{"the same again", func() { f.set(web) }, false, []string{"web"}},
+			{"revision only", func() { f.set(changed(web, func(e *agentv1.Entry) { e.Revision = 7 })) }, false, []string{"web"}},
+			{"another entry", func() { f.set(entry("3", "api", "unix:uid:1")) }, true, []string{"web", "api"}},
+			{"hint", func() { f.set(changed(web, func(e *agentv1.Entry) { e.Hint = "h" })) }, true, []string{"web", "api"}},
+			{"TTL", func() { f.set(changed(web, ttl(time.Minute))) }, true, []string{"web", "api"}},
+			{"removed", func() { f.remove("3") }, true, []string{"web"}},
+			{"renamed", func() { f.set(changed(web, func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org/new" })) }, true, []string{"new"}},
+			{"selectors", func() { f.set(entry("1", "new", "unix:uid:9")) }, true, []string{"!no_identity"}},
+		}
+		for _, step := range steps {
+			step.do()
+			synctest.Wait()
+			if got := notified(one); got != step.tell {
+				t.Errorf("%s: told %v", step.what, got)
+			}
+			wantPaths(t, one, step.want...)
+			if notified(one) {
+				t.Errorf("%s: told of what it has just read", step.what)
+			}
+			if notified(two) {
+				t.Errorf("%s: the other one was told", step.what)
+			}
+		}
+		wantPaths(t, two, "db")
+	})
+}
+
+func TestHintAndSelectorChangesNeedNoNewSignature(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		e := entry("1", "web", "unix:uid:1")
+		f.set(e)
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		before := must(s.Snapshot())
+		f.set(changed(e, func(e *agentv1.Entry) { e.Hint = "h" }))
+		synctest.Wait()
+		after := must(s.Snapshot())
+		if after.SVIDs[0].Hint != "h" || before.SVIDs[0].Hint != "" {
+			t.Errorf("hints %q and %q: a snapshot must not change", before.SVIDs[0].Hint, after.SVIDs[0].Hint)
+		}
+		f.set(entry("1", "web", "unix:uid:2"))
+		synctest.Wait()
+		if len(f.signed) != 1 {
+			t.Errorf("signed %v", f.signed)
+		}
+		for i, resign := range []func(*agentv1.Entry){ttl(time.Minute), func(e *agentv1.Entry) { e.DnsNames = []string{"a.example"} }} {
+			f.set(changed(e, resign))
+			synctest.Wait()
+			if len(f.signed) != 2+i {
+				t.Errorf("change %d: signed %v", i, f.signed)
+			}
+		}
+	})
+}
+
+// The old identity is not served from the moment on at which the server says
+// that the entry has another one, although its successor is not signed yet.
+func TestWithdrawnIdentityIsNotServedWhileTheNewOneIsSigned(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "old", "unix:uid:1"), entry("2", "other", "unix:uid:1"), entry("3", "alone", "unix:uid:3"))
+		a.start()
+		synctest.Wait()
+		s, alone := a.cache.Subscribe(sel("unix:uid:1")), a.cache.Subscribe(sel("unix:uid:3"))
+		defer s.Close()
+		defer alone.Close()
+		wantPaths(t, s, "old", "other")
+		wantPaths(t, alone, "alone")
+		hold := make(chan struct{})
+		f.with(func() { f.hold = hold })
+		f.set(entry("1", "new", "unix:uid:1"), entry("3", "renamed", "unix:uid:3"))
+		synctest.Wait()
+		wantPaths(t, s, "other")
+		wantPaths(t, alone, "!svid_pending")
+		if notified(alone) {
+			t.Error("told of a state that lasts for one signature")
+		}
+		f.with(func() { f.hold = nil })
+		close(hold)
+		synctest.Wait()
+		wantPaths(t, s, "new", "other")
+		wantPaths(t, alone, "renamed")
+	})
+}
+
+// A signature that was asked for before the entry changed is not used.
+func TestSignatureForTheOldFormOfAnEntryIsDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		hold := make(chan struct{})
+		f.hold = hold
+		f.set(entry("1", "old", "unix:uid:1"), entry("2", "gone", "unix:uid:1"))
+		a.start()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		synctest.Wait()
+		f.bad = func(spiffeid.ID, [][]byte) [][]byte { // signed under the old name
+			return nil
+		}
+		f.set(entry("1", "new", "unix:uid:1"))
+		f.remove("2")
+		synctest.Wait()
+		f.with(func() { f.hold, f.bad = nil, nil })
+		close(hold)
+		synctest.Wait()
+		wantPaths(t, s, "new")
+	})
+}
+
+// WL-33, WL-35: hints are unique, the oldest wins; order is by age, then ID.
+func TestHintsAreUniqueAndTheOrderIsStable(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		aged := func(id, path, hint string, age time.Duration) *agentv1.Entry {
+			e := entry(id, path, "unix:uid:1")
+			e.Hint, e.CreatedAt = hint, timestamppb.New(born.Add(-age))
+			return e
+		}
+		f.set(aged("c", "young", "x", time.Hour), aged("b", "old", "x", 3*time.Hour), aged("a", "middle", "y", 2*time.Hour),
+			aged("z", "twin-z", "", time.Minute), aged("y", "twin-y", "", time.Minute))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		want := []string{"old", "middle", "twin-y", "twin-z"}
+		wantPaths(t, s, want...)
+		time.Sleep(5 * time.Hour) // several renewals
+		wantPaths(t, s, want...)
+		a.restart()
+		s2 := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s2.Close()
+		wantPaths(t, s2, want...)
+		synctest.Wait()
+		f.remove("b")
+		synctest.Wait()
+		wantPaths(t, s2, "middle", "young", "twin-y", "twin-z")
+	})
+}
+
+func TestEntriesThatCantBeServedAreLeftOut(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		bad := map[string]func(*agentv1.Entry){
+			"no selectors":         func(e *agentv1.Entry) { e.Selectors = nil },
+			"empty selector":       func(e *agentv1.Entry) { e.Selectors[0].Value = "" },
+			"foreign trust domain": func(e *agentv1.Entry) { e.SpiffeId = "spiffe://other.org/x" },
+			"trust domain itself":  func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org" },
+			"the server":           func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org/assay/server" },
+			"an agent":             func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org/assay/agent/x" },
+			"not an ID":            func(e *agentv1.Entry) { e.SpiffeId = "web" },
+		}
+		list := []*agentv1.Entry{entry("good", "web", "unix:uid:1")}
+		for name, spoil := range bad {
+			list = append(list, changed(entry(name, "bad", "unix:uid:1"), spoil))
+		}
+		f.set(list...)
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if !slices.Equal(f.signed, []string{"good"}) {
+			t.Errorf("signed %v", f.signed)
+		}
+		// One that becomes bad is not served as it was before.
+		f.set(changed(entry("good", "web", "unix:uid:1"), bad["an agent"]))
+		synctest.Wait()
+		wantPaths(t, s, "!no_identity")
+	})
+}
+
+func TestWhatTheServerSignedIsCheckedBeforeItIsServed(t *testing.T) {
+	stranger := newAuthority("stranger")
+	cases := map[string]func(f *fake, id spiffeid.ID, chain [][]byte) [][]byte{
+		"nothing":   func(*fake, spiffeid.ID, [][]byte) [][]byte { return nil },
+		"not X.509": func(*fake, spiffeid.ID, [][]byte) [][]byte { return [][]byte{{1}} },
+		"no issuer": func(_ *fake, _ spiffeid.ID, c [][]byte) [][]byte { return c[:1] },
+		"other key": func(f *fake, id spiffeid.ID, c [][]byte) [][]byte { return [][]byte{leafFor(f.signer, id), c[1]} },
+		"other ID": func(f *fake, _ spiffeid.ID, c [][]byte) [][]byte {
+			return [][]byte{leafFor(f.signer, spiffeid.RequireFromString("spiffe://example.org/x")), c[1]}
+		},
+		"other root": func(_ *fake, id spiffeid.ID, _ [][]byte) [][]byte {
+			return [][]byte{leafFor(stranger, id), stranger.issuer.Raw}
+		},
+		"broken issuer": func(_ *fake, _ spiffeid.ID, c [][]byte) [][]byte { return [][]byte{c[0], {1}} },
+		"foreign issuer after a good one": func(f *fake, id spiffeid.ID, c [][]byte) [][]byte {
+			return [][]byte{leafFor(stranger, id), c[1]}
+		},
+	}
+	for name, spoil := range cases {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, a *agent) {
+				f.set(entry("0", "fine", "unix:uid:0"))
+				a.start()
+				synctest.Wait()
+				f.with(func() { f.bad = func(id spiffeid.ID, c [][]byte) [][]byte { return spoil(f, id, c) } })
+				f.set(entry("1", "web", "unix:uid:1"))
+				s := a.cache.Subscribe(sel("unix:uid:1"))
+				defer s.Close()
+				synctest.Wait()
+				wantPaths(t, s, "!svid_pending")
+				f.with(func() { f.bad = nil })
+				awaitPaths(t, s, "web")
+			})
+		})
+	}
+}
+
+func leafFor(a *authority, id spiffeid.ID) []byte {
+	return sign(leafTemplate(id, time.Hour), a.issuer, &newKey().PublicKey, a.issuerKey).Raw
+}
+
+// The first snapshot has all that matches, as far as that can be had.
+func TestFirstSnapshotWaitsForEveryEntryOrItsFirstFailure(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		hold := make(chan struct{})
+		f.hold = hold
+		f.refuse["2"] = fault.New(fault.Denied, "no_such_workload_on_node", "x")
+		f.set(entry("1", "web", "unix:uid:1"), entry("2", "refused", "unix:uid:1"))
+		a.start()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		synctest.Wait()
+		wantPaths(t, s, "!svid_pending")
+		f.with(func() { f.hold = nil })
+		close(hold)
+		awaitPaths(t, s, "web")
+		f.with(func() { clear(f.refuse) })
+		awaitPaths(t, s, "web", "refused")
+	})
+}
+
+func TestRefusedEntryIsTriedAgainWithGrowingPauses(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.refuse["1"] = fault.New(fault.NotFound, "entry_not_authorized", "x")
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if n := len(f.signed); n < 50 || n > 400 {
+			t.Errorf("%d attempts in an hour", n)
+		}
+		wantPaths(t, s, "!svid_pending")
+	})
+}
+
+func TestWaitingWorkloadGoesBeforePrefetch(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		hold := make(chan struct{})
+		f.hold = hold
+		var list []*agentv1.Entry
+		for i := range 10_000 {
+			list = append(list, entry(fmt.Sprintf("%05d", i), fmt.Sprintf("w/%d", i), fmt.Sprintf("unix:uid:%d", i)))
+		}
+		f.set(list...)
+		a.start()
+		synctest.Wait()
+		calls := func() int { f.mu.Lock(); defer f.mu.Unlock(); return len(f.batches) }
+		if n := calls(); n != 4 {
+			t.Fatalf("%d calls in flight", n)
+		}
+		// Whatever is not under way yet comes behind one that is asked for.
+		target := 9_999
+		for slices.Contains(f.signed, fmt.Sprintf("%05d", target)) {
+			target--
+		}
+		s := a.cache.Subscribe(sel(fmt.Sprintf("unix:uid:%d", target), "unix:gid:1"))
+		defer s.Close()
+		synctest.Wait()
+		f.mu.Lock()
+		last := f.batches[len(f.batches)-1]
+		n := len(f.batches)
+		f.mu.Unlock()
+		if n != 5 || !slices.Equal(last, []string{fmt.Sprintf("%05d", target)}) {
+			t.Errorf("%d calls, the last for %v", n, last)
+		}
+		for _, batch := range f.batches {
+			if len(batch) > 50 {
+				t.Errorf("a batch of %d", len(batch))
+			}
+		}
+		f.with(func() { f.hold, f.broken = nil, fault.New(fault.NotReady, "stop", "stop") })
+		close(hold)
+	})
+}
+
+func TestRenewsForDaysWithANewKeyEachTime(t *testing.T) {
+	cases := []struct {
+		life, span   time.Duration
+		fewest, most int
+	}{
+		{time.Hour, 5 * 24 * time.Hour, 190, 310},
+		{10 * time.Second, 10 * time.Minute, 90, 160}, // for demonstrations and tests
+	}
+	for _, c := range cases {
+		t.Run(c.life.String(), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, a *agent) {
+				f.set(changed(entry("1", "web", "unix:uid:1"), ttl(c.life)))
+				a.start()
+				s := a.cache.Subscribe(sel("unix:uid:1"))
+				defer s.Close()
+				awaitPaths(t, s, "web")
+				renewals := 0
+				for end := time.Now().Add(c.span); time.Now().Before(end); {
+					svid := must(s.Snapshot()).SVIDs[0]
+					if left := time.Until(svid.NotAfter); left < c.life*3/10 {
+						t.Fatalf("%v left", left)
+					}
+					select {
+					case <-s.Changed():
+						renewals++
+					case <-time.After(c.life / 60):
+					}
+				}
+				if renewals < c.fewest || renewals > c.most {
+					t.Errorf("%d renewals in %v", renewals, c.span)
+				}
+				if len(f.keys) < renewals {
+					t.Errorf("%d keys", len(f.keys))
+				}
+				for key, n := range f.keys {
+					if n > 1 {
+						t.Fatalf("key %s was certified %d times", key, n)
+					}
+				}
+			})
+		})
+	}
+}
+
+// I9, NEG-59: what is held is served through an outage until it ends, and then
+// no longer.
+func TestServesThroughAnOutageUntilTheSVIDEnds(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, a *agent) {
+				f.set(entry("1", "web", "unix:uid:1"))
+				a.start()
+				synctest.Wait()
+				s := a.cache.Subscribe(sel("unix:uid:1"))
+				ends := must(s.Snapshot()).SVIDs[0].NotAfter
+				f.stop()
+				time.Sleep(35 * time.Minute)
+				if restart {
+					s.Close()
+					a.restart()
+					s = a.cache.Subscribe(sel("unix:uid:1"))
+				}
+				defer func() { s.Close() }()
+				wantPaths(t, s, "web")
+				time.Sleep(time.Until(ends) - time.Nanosecond)
+				wantPaths(t, s, "web")
+				notified(s)
+				time.Sleep(time.Nanosecond)
+				wantPaths(t, s, "!svid_expired_server_unreachable")
+				if _, err := s.Snapshot(); fault.KindOf(err) != fault.NotReady {
+					t.Error(err)
+				}
+				time.Sleep(time.Hour)
+				if restart { // it stays so, and says why, over another one
+					s.Close()
+					a.restart()
+					s = a.cache.Subscribe(sel("unix:uid:1"))
+					wantPaths(t, s, "!svid_expired_server_unreachable")
+				}
+				f.start()
+				if d := awaitPaths(t, s, "web"); d > 20*time.Second {
+					t.Errorf("came back after %v", d)
+				}
+			})
+		})
+	}
+}
+
+func TestSubscribersAreToldWhenTheirSVIDEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		ends := must(s.Snapshot()).SVIDs[0].NotAfter
+		f.stop()
+		<-s.Changed()
+		if late := time.Since(ends); late < 0 || late > 15*time.Second {
+			t.Errorf("told %v after the end", late)
+		}
+		wantPaths(t, s, "!svid_expired_server_unreachable")
+	})
+}
+
+// A taint makes holders renew at once, soonest end first; until the server
+// signs under another root there is no storm.
+func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		for i := range 100 {
+			f.set(entry(fmt.Sprint(i), fmt.Sprintf("w/%d", i), "unix:uid:1"))
+		}
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		must(s.Snapshot())
+		old, next := f.signer, newAuthority("root 2")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		synctest.Wait()
+		f.with(func() { f.signer = next })
+		start, before := time.Now(), len(f.signed)
+		f.changeBundle(func() { old.tainted = true })
+		synctest.Wait()
+		for _, svid := range must(s.Snapshot()).SVIDs {
+			if svid.AuthorityID != next.id() {
+				t.Fatalf("%v is still under the old root", svid.ID)
+			}
+		}
+		if time.Since(start) > 0 || len(f.signed)-before != 100 {
+			t.Errorf("%d signatures in %v", len(f.signed)-before, time.Since(start))
+		}
+		// The server's own root gets tainted without a successor.
+		before = len(f.signed)
+		f.changeBundle(func() { next.tainted = true })
+		time.Sleep(10 * time.Minute)
+		if n := len(f.signed) - before; n < 200 || n > 10_000 {
+			t.Errorf("%d signatures", n)
+		}
+	})
+}
+
+func TestResumesWhereItWas(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.chunk = 1 // every snapshot comes in several messages
+		f.set(entry("1", "a", "unix:uid:1"), entry("2", "b", "unix:uid:1"), entry("3", "c", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "a", "b", "c")
+		f.stop()
+		f.set(entry("4", "d", "unix:uid:1"))
+		f.remove("1")
+		f.start()
+		awaitPaths(t, s, "b", "c", "d")
+		h := f.hellos[len(f.hellos)-1]
+		if h.GetEpoch() != "epoch-1" || h.GetRevision() != 1 || h.GetBundleSequence() != 1 || h.GetAgentVersion() != "test" {
+			t.Errorf("hello: %v", h)
+		}
+		if len(f.signed) != 4 {
+			t.Errorf("signed %v", f.signed)
+		}
+		// Another store: all anew.
+		f.stop()
+		f.with(func() {
+			f.epoch, f.revision = "epoch-2", 1
+			delete(f.entries, "2")
+		})
+		f.start()
+		awaitPaths(t, s, "c", "d")
+		// Another agent ID: the revision is worth nothing either.
+		a.stop()
+		a.open()
+		a.attest("two")
+		a.start()
+		synctest.Wait()
+		if h := f.hellos[len(f.hellos)-1]; h.GetEpoch() != "" || h.GetRevision() != 0 {
+			t.Errorf("hello of another agent: %v", h)
+		}
+	})
+}
+
+func TestReplacedConnectionIsLeftAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		a.start()
+		synctest.Wait()
+		a.conns.replace()
+		synctest.Wait()
+		start := time.Now()
+		if len(f.hellos) != 2 || len(f.streams) != 1 {
+			t.Errorf("%d hellos, %d streams", len(f.hellos), len(f.streams))
+		}
+		f.set(entry("1", "web", "unix:uid:1"))
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if time.Since(start) > 0 {
+			t.Error("took time")
+		}
+	})
+}
+
+func TestRolledBackBundleIsRefusedWithTheMessageThatBroughtIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.sequence = 5
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		f.stop()
+		f.with(func() { f.sequence = 4 })
+		f.remove("1")
+		f.start()
+		time.Sleep(time.Minute)
+		if snap, err := s.Snapshot(); err != nil || snap.BundleSequence != 5 {
+			t.Errorf("serves %+v, %v", snap, err)
+		}
+		if b, _ := a.state.Bundle(); b.Sequence != 5 {
+			t.Errorf("state has %d", b.Sequence)
+		}
+		f.with(func() { f.sequence = 6 })
+		awaitPaths(t, s, "!no_identity")
+	})
+}
+
+func TestPurgeLeavesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if err := a.cache.Purge(); err != nil {
+			t.Fatal(err)
+		}
+		if !notified(s) {
+			t.Error("not told")
+		}
+		wantPaths(t, s, "!no_identity")
+		f.set(entry("2", "late", "unix:uid:1"))
+		time.Sleep(time.Minute)
+		wantPaths(t, s, "!no_identity")
+		f.stop()
+		a.restart()
+		s2 := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s2.Close()
+		wantPaths(t, s2, "!not_synced")
+	})
+}
+
+func TestIdleGroupsAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:gid:1"))
+		a.start()
+		synctest.Wait()
+		keep := a.cache.Subscribe(sel("unix:gid:1", "unix:uid:0"))
+		defer keep.Close()
+		for round := range 3 {
+			for i := range 3000 {
+				s := a.cache.Subscribe(sel("unix:gid:1", fmt.Sprintf("unix:uid:%d", i)))
+				if round == 2 || i == 0 {
+					wantPaths(t, s, "web")
+				}
+				s.Close()
+			}
+		}
+		if n := cache.Groups(a.cache); n > 1100 {
+			t.Errorf("%d groups", n)
+		}
+		f.set(entry("2", "two", "unix:gid:1"))
+		synctest.Wait()
+		wantPaths(t, keep, "web", "two")
+	})
+}
+
+func TestErrorsOfWholeBatchesAreTriedAgainSoon(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.broken = fault.New(fault.Exhausted, "audit_full", "x")
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := len(f.batches); n < 8 || n > 100 {
+			t.Errorf("%d attempts in a minute", n)
+		}
+		f.with(func() { f.broken = nil })
+		if d := awaitPaths(t, s, "web"); d > 10*time.Second {
+			t.Errorf("after %v", d)
+		}
+	})
+}
+
+func TestSnapshotsAreSharedByEqualSelectors(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		one, two := a.cache.Subscribe(sel("unix:uid:1", "a:b")), a.cache.Subscribe(sel("a:b", "unix:uid:1"))
+		defer two.Close()
+		x, errX := one.Snapshot()
+		y, errY := two.Snapshot()
+		if errors.Join(errX, errY) != nil || x != y {
+			t.Error("not shared")
+		}
+		one.Close()
+		one.Close() // twice is once
+		if z := must(two.Snapshot()); z != x {
+			t.Error("changed without a change")
+		}
+	})
+}

@@ -1,0 +1,635 @@
+package cache_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"io"
+	"log/slog"
+	"maps"
+	"math/big"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/seed-caa81108/assay/agent/cache"
+	"github.com/seed-caa81108/assay/agent/state"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// authority is a root with an issuer under it, as servers have one.
+type authority struct {
+	cert, issuer   *x509.Certificate
+	key, issuerKey *ecdsa.PrivateKey
+	tainted        bool
+}
+
+func newKey() *ecdsa.PrivateKey { return must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)) }
+
+func newAuthority(name string) *authority {
+	a := &authority{key: newKey(), issuerKey: newKey()}
+	a.cert = sign(caTemplate(name), nil, &a.key.PublicKey, a.key)
+	a.issuer = sign(caTemplate(name+" issuer"), a.cert, &a.issuerKey.PublicKey, a.key)
+	return a
+}
+
+func caTemplate(name string) *x509.Certificate {
+	return &x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(365 * 24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, URIs: []*url.URL{td.ID().URL()},
+	}
+}
+
+func leafTemplate(id spiffeid.ID, ttl time.Duration) *x509.Certificate {
+	return &x509.Certificate{
+		NotBefore: time.Now().Add(-min(ttl/4, 2*time.Minute)), NotAfter: time.Now().Add(ttl), BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, URIs: []*url.URL{id.URL()},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+}
+
+func sign(template, parent *x509.Certificate, pub crypto.PublicKey, by *ecdsa.PrivateKey) *x509.Certificate {
+	template.SerialNumber = must(rand.Int(rand.Reader, big.NewInt(1<<62)))
+	if template.IsCA {
+		sum := sha256.Sum256(must(x509.MarshalPKIXPublicKey(pub)))
+		template.SubjectKeyId = sum[:20]
+	}
+	if parent == nil {
+		parent = template
+	}
+	return must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, template, parent, pub, by))))
+}
+
+func (a *authority) id() string { return hex.EncodeToString(a.cert.SubjectKeyId) }
+
+// fake is a server that keeps entries and signs for them.
+type fake struct {
+	agentv1.UnimplementedAgentServer
+	mu       sync.Mutex
+	epoch    string
+	revision int64
+	entries  map[string]*agentv1.Entry
+	changes  []change
+	signer   *authority
+	sequence uint64
+	bundled  []*authority
+	streams  map[*fakeStream]struct{}
+	ttl      time.Duration
+
+	hellos  []*agentv1.SyncRequest_Hello
+	acks    []*agentv1.SyncRequest_Ack
+	reports []*agentv1.SyncRequest_Report
+	signed  []string // entry IDs in the order of arrival
+	batches [][]string
+	keys    map[string]int // keys that were certified
+	// refuse fails items of these entries; hold, if set, delays every answer
+	// until it is closed; bad, if set, changes a chain; oldest makes every
+	// snapshot come in chunks of one entry.
+	refuse map[string]error
+	broken error // fails whole batches
+	hold   chan struct{}
+	bad    func(id spiffeid.ID, chain [][]byte) [][]byte
+	chunk  int
+
+	lis    *bufconn.Listener
+	server *grpc.Server
+}
+
+type change struct {
+	revision int64
+	entry    *agentv1.Entry
+	removed  string
+}
+
+type fakeStream struct{ out chan []*agentv1.SyncResponse }
+
+func newFake() *fake {
+	root := newAuthority("root 1")
+	return &fake{
+		epoch: "epoch-1", entries: map[string]*agentv1.Entry{}, signer: root, sequence: 1, bundled: []*authority{root},
+		streams: map[*fakeStream]struct{}{}, ttl: time.Hour, keys: map[string]int{}, refuse: map[string]error{}, chunk: 1 << 30,
+	}
+}
+
+func (f *fake) start() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lis = bufconn.Listen(1 << 20)
+	f.server = grpc.NewServer()
+	agentv1.RegisterAgentServer(f.server, f)
+	go func(s *grpc.Server, l net.Listener) { _ = s.Serve(l) }(f.server, f.lis)
+}
+
+func (f *fake) stop() {
+	f.mu.Lock()
+	s := f.server
+	f.lis, f.server = nil, nil
+	f.mu.Unlock()
+	if s != nil {
+		s.Stop()
+	}
+}
+
+func (f *fake) with(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
+}
+
+func (f *fake) bundle() *agentv1.TrustBundle {
+	b := &agentv1.TrustBundle{TrustDomain: td.Name(), Sequence: f.sequence}
+	for _, a := range f.bundled {
+		b.X509Authorities = append(b.X509Authorities, &agentv1.Authority{Id: a.id(), Certificate: a.cert.Raw, Tainted: a.tainted})
+	}
+	return b
+}
+
+// changeBundle changes the authorities, raises the sequence and tells agents.
+func (f *fake) changeBundle(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
+	f.sequence++
+	f.push(&agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, Bundle: f.bundle()})
+}
+
+func (f *fake) push(msgs ...*agentv1.SyncResponse) {
+	for s := range f.streams {
+		select {
+		case s.out <- msgs:
+		default:
+			panic("stream is full")
+		}
+	}
+}
+
+// set makes or changes entries in one commit, remove deletes.
+func (f *fake) set(entries ...*agentv1.Entry) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.revision++
+	for _, e := range entries {
+		f.entries[e.GetId()] = e
+		f.changes = append(f.changes, change{revision: f.revision, entry: e})
+	}
+	f.push(&agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, Entries: entries, CommittedAt: timestamppb.Now()})
+}
+
+func (f *fake) remove(ids ...string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.revision++
+	for _, id := range ids {
+		delete(f.entries, id)
+		f.changes = append(f.changes, change{revision: f.revision, removed: id})
+	}
+	f.push(&agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, RemovedEntryIds: ids, CommittedAt: timestamppb.Now()})
+}
+
+func (f *fake) first(h *agentv1.SyncRequest_Hello) []*agentv1.SyncResponse {
+	msg := &agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, Bundle: f.bundle()}
+	if h.GetEpoch() == f.epoch && h.GetRevision() > 0 {
+		for _, c := range f.changes {
+			if c.revision <= h.GetRevision() {
+				continue
+			}
+			if c.entry != nil {
+				msg.Entries = append(msg.Entries, c.entry)
+			} else {
+				msg.RemovedEntryIds = append(msg.RemovedEntryIds, c.removed)
+			}
+		}
+		// The last word on each entry counts.
+		msg.Entries = slices.DeleteFunc(msg.Entries, func(e *agentv1.Entry) bool { return f.entries[e.GetId()] != e })
+		msg.RemovedEntryIds = slices.DeleteFunc(msg.RemovedEntryIds, func(id string) bool { return f.entries[id] != nil })
+		return []*agentv1.SyncResponse{msg}
+	}
+	msg.Snapshot = true
+	msgs := []*agentv1.SyncResponse{msg}
+	for _, id := range slices.Sorted(maps.Keys(f.entries)) {
+		if len(msg.Entries) == f.chunk {
+			msg.More = true
+			msg = &agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, Snapshot: true}
+			msgs = append(msgs, msg)
+		}
+		msg.Entries = append(msg.Entries, f.entries[id])
+	}
+	return msgs
+}
+
+func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1.SyncResponse]) error {
+	req, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	s := &fakeStream{out: make(chan []*agentv1.SyncResponse, 4096)}
+	f.mu.Lock()
+	f.hellos = append(f.hellos, req.GetHello())
+	s.out <- f.first(req.GetHello())
+	f.streams[s] = struct{}{}
+	f.mu.Unlock()
+	defer f.with(func() { delete(f.streams, s) })
+	go func() {
+		for {
+			req, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			f.with(func() {
+				if a := req.GetAck(); a != nil {
+					f.acks = append(f.acks, a)
+				}
+				if r := req.GetReport(); r != nil {
+					f.reports = append(f.reports, r)
+				}
+			})
+		}
+	}()
+	for {
+		select {
+		case msgs := <-s.out:
+			for _, m := range msgs {
+				if err := stream.Send(proto.CloneOf(m)); err != nil {
+					return err
+				}
+			}
+		case <-stream.Context().Done():
+			return fault.Status(fault.New(fault.NotReady, "shutting_down", "x"), "R").Err()
+		}
+	}
+}
+
+func (f *fake) SignX509(ctx context.Context, req *agentv1.SignX509Request) (*agentv1.SignX509Response, error) {
+	f.mu.Lock()
+	var batch []string
+	for _, item := range req.GetItems() {
+		batch = append(batch, item.GetEntryId())
+	}
+	f.signed = append(f.signed, batch...)
+	f.batches = append(f.batches, batch)
+	hold, broken := f.hold, f.broken
+	f.mu.Unlock()
+	if hold != nil {
+		select {
+		case <-hold:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if broken != nil {
+		return nil, fault.Status(broken, "R").Err()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &agentv1.SignX509Response{}
+	for _, item := range req.GetItems() {
+		resp.Results = append(resp.Results, f.sign(item))
+	}
+	return resp, nil
+}
+
+func (f *fake) sign(item *agentv1.SignX509Request_Item) *agentv1.SignX509Response_Result {
+	failure := func(code codes.Code, reason string) *agentv1.SignX509Response_Result {
+		return &agentv1.SignX509Response_Result{Outcome: &agentv1.SignX509Response_Result_Failure{
+			Failure: &agentv1.SignX509Response_Failure{Code: int32(code), Reason: reason, Message: reason},
+		}}
+	}
+	csr, err := x509.ParseCertificateRequest(item.GetCsr())
+	if err != nil || csr.CheckSignature() != nil || len(csr.Subject.Names) > 0 || len(csr.Extensions) > 0 {
+		return failure(codes.InvalidArgument, "csr_malformed")
+	}
+	if err := f.refuse[item.GetEntryId()]; err != nil {
+		return failure(fault.Code(fault.KindOf(err)), fault.ReasonOf(err))
+	}
+	e := f.entries[item.GetEntryId()]
+	if e == nil {
+		return failure(codes.NotFound, "entry_not_authorized")
+	}
+	f.keys[hex.EncodeToString(csr.RawSubjectPublicKeyInfo)]++
+	ttl := f.ttl
+	if e.GetX509SvidTtl() != nil {
+		ttl = e.GetX509SvidTtl().AsDuration()
+	}
+	id := spiffeid.RequireFromString(e.GetSpiffeId())
+	template := leafTemplate(id, ttl)
+	template.DNSNames = e.GetDnsNames()
+	leaf := sign(template, f.signer.issuer, csr.PublicKey, f.signer.issuerKey)
+	chain := [][]byte{leaf.Raw, f.signer.issuer.Raw}
+	if f.bad != nil {
+		chain = f.bad(id, chain)
+	}
+	return &agentv1.SignX509Response_Result{Outcome: &agentv1.SignX509Response_Result_Chain{
+		Chain: &agentv1.SignX509Response_Chain{Certificates: chain},
+	}}
+}
+
+// connector is what package node does: a connection that can be replaced.
+type connector struct {
+	fake *fake
+	mu   sync.Mutex
+	conn *fakeConn
+	old  []*fakeConn
+	none bool // nobody is connected
+}
+
+type fakeConn struct {
+	cc       *grpc.ClientConn
+	replaced chan struct{}
+}
+
+func (c *fakeConn) Client() agentv1.AgentClient { return agentv1.NewAgentClient(c.cc) }
+func (c *fakeConn) Replaced() <-chan struct{}   { return c.replaced }
+func (c *fakeConn) Release()                    {}
+
+func (c *connector) Conn(ctx context.Context) (cache.Conn, error) {
+	c.mu.Lock()
+	none := c.none
+	if !none && c.conn == nil {
+		c.conn = c.dial()
+	}
+	conn := c.conn
+	c.mu.Unlock()
+	if none {
+		<-ctx.Done()
+		return nil, fault.Wrap(fault.NotReady, ctx.Err(), "server_unreachable", "x")
+	}
+	return conn, nil
+}
+
+func (c *connector) dial() *fakeConn {
+	cc := must(grpc.NewClient("passthrough:///server", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			c.fake.mu.Lock()
+			lis := c.fake.lis
+			c.fake.mu.Unlock()
+			if lis == nil {
+				return nil, io.ErrClosedPipe
+			}
+			return lis.DialContext(ctx)
+		}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: 10 * time.Second}}),
+		grpc.WithIdleTimeout(0)))
+	return &fakeConn{cc: cc, replaced: make(chan struct{})}
+}
+
+func (c *connector) replace() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	close(c.conn.replaced)
+	c.old = append(c.old, c.conn)
+	c.conn = c.dial()
+}
+
+func (c *connector) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, old := range append(c.old, c.conn) {
+		if old != nil {
+			_ = old.cc.Close()
+		}
+	}
+	c.conn, c.old = nil, nil
+}
+
+// agent is a cache with its surroundings on one machine.
+type agent struct {
+	t      *testing.T
+	dir    string
+	fake   *fake
+	conns  *connector
+	state  *state.State
+	cache  *cache.Cache
+	reg    *prometheus.Registry
+	log    io.Writer
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// newAgent returns a machine whose agent has attested.
+func newAgent(t *testing.T, f *fake, dir string) *agent {
+	t.Helper()
+	a := &agent{t: t, dir: dir, fake: f, conns: &connector{fake: f}, log: io.Discard}
+	a.open()
+	a.attest("one")
+	if err := a.state.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a.state = nil
+	return a
+}
+
+func (a *agent) open() {
+	a.t.Helper()
+	var err error
+	if a.state, err = state.Open(filepath.Join(a.dir, "data"), td); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+// attest gives the agent a new key and name.
+func (a *agent) attest(name string) {
+	a.t.Helper()
+	id := spiffeid.RequireFromPath(td, "/assay/agent/join_token/"+name)
+	key := must(a.state.NextKey())
+	leaf := sign(leafTemplate(id, 12*time.Hour), a.fake.signer.issuer, &key.PublicKey, a.fake.signer.issuerKey)
+	if err := a.state.SaveIdentity(state.Identity{AgentID: id, Key: key, Chain: []*x509.Certificate{leaf}}); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+func (a *agent) start() {
+	a.t.Helper()
+	if a.state == nil {
+		a.open()
+	}
+	a.reg = prometheus.NewRegistry()
+	var err error
+	a.cache, err = cache.New(cache.Options{
+		TrustDomain: td, ReservedPrefix: "/assay/", RunDir: filepath.Join(a.dir, "run"), Version: "test",
+		State: a.state, Connector: a.conns, Log: slog.New(slog.NewTextHandler(a.log, nil)), Registerer: a.reg,
+	})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	a.cancel = cancel
+	a.done = make(chan struct{})
+	go func() {
+		defer close(a.done)
+		if err := a.cache.Run(ctx); err != nil {
+			a.t.Error(err)
+		}
+	}()
+}
+
+func (a *agent) stop() {
+	if a.cancel == nil {
+		return
+	}
+	a.cancel()
+	<-a.done
+	a.cancel = nil
+	a.conns.close()
+	if a.state != nil {
+		if err := a.state.Close(); err != nil {
+			a.t.Error(err)
+		}
+		a.state = nil
+	}
+}
+
+func (a *agent) restart() {
+	a.t.Helper()
+	a.stop()
+	a.start()
+}
+
+// inBubble runs a test with a server that is up and an attested agent, which
+// is not started.
+func inBubble(t *testing.T, do func(t *testing.T, f *fake, a *agent)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.start()
+		a := newAgent(t, f, dir)
+		defer func() {
+			a.stop()
+			f.stop()
+		}()
+		do(t, f, a)
+	})
+}
+
+func sel(texts ...string) selector.Set {
+	var list []selector.Selector
+	for _, text := range texts {
+		list = append(list, must(selector.Parse(text)))
+	}
+	return selector.NewSet(list...)
+}
+
+var born = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// entry makes an entry spiffe://example.org/<path> with the given selectors.
+func entry(id, path string, selectors ...string) *agentv1.Entry {
+	e := &agentv1.Entry{Id: id, SpiffeId: "spiffe://example.org/" + path, CreatedAt: timestamppb.New(born)}
+	for _, s := range sel(selectors...) {
+		e.Selectors = append(e.Selectors, &agentv1.Selector{Type: s.Type, Value: s.Value})
+	}
+	return e
+}
+
+// changed returns a copy of e after do.
+func changed(e *agentv1.Entry, do func(e *agentv1.Entry)) *agentv1.Entry {
+	e = proto.CloneOf(e)
+	do(e)
+	return e
+}
+
+func ttl(d time.Duration) func(*agentv1.Entry) {
+	return func(e *agentv1.Entry) { e.X509SvidTtl = durationpb.New(d) }
+}
+
+// paths of a subscription's snapshot, or the reason why there is none.
+func paths(s *cache.Subscription) []string {
+	snap, err := s.Snapshot()
+	if err != nil {
+		return []string{"!" + fault.ReasonOf(err)}
+	}
+	var list []string
+	for _, svid := range snap.SVIDs {
+		list = append(list, svid.ID.Path()[1:])
+	}
+	return list
+}
+
+func wantPaths(t *testing.T, s *cache.Subscription, want ...string) {
+	t.Helper()
+	if got := paths(s); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+// notified says whether the subscription was told of a change, and forgets it.
+func notified(s *cache.Subscription) bool {
+	select {
+	case <-s.Changed():
+		return true
+	default:
+		return false
+	}
+}
+
+// awaitPaths waits until the subscription has the given paths, and says how
+// long that took.
+func awaitPaths(t *testing.T, s *cache.Subscription, want ...string) time.Duration {
+	t.Helper()
+	start := time.Now()
+	for !slices.Equal(paths(s), want) {
+		select {
+		case <-s.Changed():
+		case <-time.After(time.Hour):
+			t.Fatalf("after an hour: got %v, want %v", paths(s), want)
+		}
+	}
+	return time.Since(start)
+}
+
+// breakState makes the state's directory useless, mendState repairs it.
+func (a *agent) breakState() {
+	a.t.Helper()
+	if err := os.Rename(filepath.Join(a.dir, "data"), filepath.Join(a.dir, "away")); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+func (a *agent) mendState() {
+	a.t.Helper()
+	if err := os.Rename(filepath.Join(a.dir, "away"), filepath.Join(a.dir, "data")); err != nil {
+		a.t.Fatal(err)
+	}
+}
+
+// stateBundle is the server's bundle as an agent's state holds it.
+func stateBundle(f *fake) (*state.Bundle, error) {
+	var roots []state.Authority
+	for _, a := range f.bundled {
+		roots = append(roots, must(state.ParseAuthority(a.id(), a.cert.Raw, a.tainted)))
+	}
+	return state.NewBundle(td, f.sequence, true, roots)
+}

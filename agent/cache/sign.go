@@ -1,0 +1,321 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"log/slog"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+const (
+	// maxBatch is how many items go into one call.
+	maxBatch = 50
+	// maxInFlight is how many calls run at a time; reserve more are for
+	// entries that a workload waits for.
+	maxInFlight = 4
+	reserve     = 2
+
+	signTimeout = 20 * time.Second
+	connTimeout = 5 * time.Second
+)
+
+// signBackoff is between attempts for one entry that the server refuses.
+var signBackoff = schedule.Backoff{Min: 500 * time.Millisecond, Max: time.Minute}
+
+// job is one item of a batch: an entry as it was when the batch was made.
+type job struct {
+	entry      *entry
+	facts      facts
+	generation uint64
+
+	key    *ecdsa.PrivateKey
+	csr    []byte
+	svid   *SVID
+	err    error
+	first  bool // the entry did not fail before
+	result *agentv1.SignX509Response_Result
+}
+
+// signLoop gives the most urgent entries to the server, as long as there are
+// any and calls are free.
+func (c *Cache) signLoop(ctx context.Context) {
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	for {
+		more, next := c.look(now())
+		if !more {
+			timer := time.NewTimer(next)
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			case <-c.wake:
+			case <-timer.C:
+			}
+			timer.Stop()
+			continue
+		}
+		conn, err := c.connect(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			c.giveUpWaiting()
+			continue
+		}
+		batch, verifier := c.takeBatch()
+		if len(batch) == 0 {
+			conn.Release()
+			continue
+		}
+		calls.Go(func() {
+			defer conn.Release()
+			err := c.signBatch(ctx, conn.Client(), batch, verifier)
+			c.settle(ctx, batch, err)
+		})
+	}
+}
+
+// connect waits a little for a connection.
+func (c *Cache) connect(ctx context.Context) (Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connTimeout)
+	defer cancel()
+	return c.servers.Conn(ctx)
+}
+
+// look says whether a batch can go now, else how long to sleep at most.
+func (c *Cache) look(at time.Time) (bool, time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.promote(at)
+	next := 15 * time.Second // timers stand still while the machine sleeps
+	if first := c.timed.first(); first != nil {
+		next = min(next, first.at.Sub(at))
+	}
+	first := c.ready.first()
+	switch {
+	case first == nil || c.purged || c.bundle == nil:
+		return false, next
+	case at.Before(c.pause):
+		return false, min(next, c.pause.Sub(at))
+	case c.inFlight >= maxInFlight && (first.class != waiting || c.inFlight >= maxInFlight+reserve):
+		return false, next
+	}
+	return true, 0
+}
+
+// takeBatch takes the most urgent entries. Those that a workload waits for are
+// a batch of their own, so that nothing else delays it.
+func (c *Cache) takeBatch() ([]*job, *verifier) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var batch []*job
+	for first := c.ready.first(); first != nil && len(batch) < maxBatch; first = c.ready.first() {
+		if len(batch) > 0 && batch[0].entry.class == waiting && first.class != waiting {
+			break
+		}
+		e := c.ready.take()
+		e.signing = true
+		batch = append(batch, &job{entry: e, facts: e.facts, generation: e.generation})
+	}
+	if len(batch) > 0 {
+		c.inFlight++
+	}
+	return batch, c.verifier
+}
+
+// giveUpWaiting counts as a failed attempt for all who wait: there is no
+// connection, so what there is will be served.
+func (c *Cache) giveUpWaiting() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.ready.items {
+		if !e.attempted {
+			e.attempted = true
+			c.touch(e)
+		}
+	}
+	c.flush(now())
+}
+
+// signBatch makes keys, has them certified and checks what came back. An error
+// is about the whole batch; otherwise each job has its SVID or error.
+func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch []*job, v *verifier) error {
+	parallel(len(batch), func(i int) {
+		j := batch[i]
+		j.key, j.csr, j.err = newRequest()
+	})
+	req := &agentv1.SignX509Request{}
+	for _, j := range batch {
+		if j.err != nil {
+			return j.err
+		}
+		req.Items = append(req.Items, &agentv1.SignX509Request_Item{EntryId: j.facts.id, Csr: j.csr})
+	}
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	resp, err := client.SignX509(ctx, req)
+	if err != nil {
+		return fault.FromStatus(err)
+	}
+	if len(resp.GetResults()) != len(batch) {
+		return fault.New(fault.Precondition, "sync_protocol", "the server answered another number of items than were asked for")
+	}
+	for i, r := range resp.GetResults() {
+		batch[i].result = r
+	}
+	at := now()
+	parallel(len(batch), func(i int) { batch[i].svid, batch[i].err = batch[i].finish(v, at) })
+	return nil
+}
+
+// finish turns the server's answer for one item into an SVID.
+func (j *job) finish(v *verifier, at time.Time) (*SVID, error) {
+	if f := j.result.GetFailure(); f != nil {
+		return nil, fault.New(kindOf(codes.Code(f.GetCode())), f.GetReason(), f.GetMessage())
+	}
+	chain := j.result.GetChain().GetCertificates()
+	leaf, authorityID, err := v.check(chain, j.facts.spiffeID, &j.key.PublicKey, at)
+	if err != nil {
+		return nil, err
+	}
+	keyDER, err := marshalKey(j.key)
+	if err != nil {
+		return nil, err
+	}
+	return &SVID{
+		EntryID: j.facts.id, ID: j.facts.spiffeID, Hint: j.facts.hint,
+		CertificatesDER: bytes.Join(chain, nil), KeyDER: keyDER,
+		NotAfter: leaf.NotAfter, AuthorityID: authorityID,
+		renewAt: schedule.RenewAt(at, leaf.NotAfter), life: leaf.NotAfter.Sub(at),
+	}, nil
+}
+
+// kindOf reads an item's code by the one table that there is.
+func kindOf(code codes.Code) fault.Kind {
+	for k := fault.Internal; k <= fault.Unimplemented; k++ {
+		if fault.Code(k) == code {
+			return k
+		}
+	}
+	return fault.Internal
+}
+
+// settle puts the outcome of a batch into the cache.
+func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
+	if ctx.Err() != nil {
+		return
+	}
+	at := now()
+	var failed []*job
+	installed := false
+	c.mu.Lock()
+	c.inFlight--
+	if err == nil {
+		c.wait.Reset()
+		c.pause = time.Time{}
+	} else {
+		c.pause = at.Add(c.wait.Next())
+	}
+	for _, j := range batch {
+		e := j.entry
+		e.signing = false
+		if c.entries[e.id] != e {
+			continue // removed in the meantime, its key goes with it
+		}
+		switch {
+		case err != nil || j.generation != e.generation:
+			// Nothing is wrong with the entry: again, as soon as possible. What
+			// was signed for its old form is dropped.
+			c.enqueue(e)
+		case j.err != nil:
+			e.failures++
+			j.first = e.failures == 1
+			failed = append(failed, j)
+			c.postpone(e, at.Add(e.wait.Next()))
+		default:
+			c.install(e, j.svid)
+			installed = true
+		}
+		e.attempted = e.attempted || err != nil || j.generation == e.generation
+		c.touch(e)
+	}
+	c.flush(at)
+	c.mu.Unlock()
+	c.kick()
+	if installed {
+		signal(c.unsealed)
+		signal(c.accountCh)
+	}
+	c.report(ctx, batch, failed, err)
+}
+
+// install makes svid the entry's.
+func (c *Cache) install(e *entry, svid *SVID) {
+	if svid.Hint != e.hint {
+		renamed := *svid
+		renamed.Hint = e.hint
+		svid = &renamed
+	}
+	e.svid = svid
+	e.wait.Max = min(signBackoff.Max, max(svid.life/10, time.Second))
+	if !c.trusted(svid) {
+		// The server still signs under a root that it wants to get rid of.
+		c.postpone(e, now().Add(e.wait.Next()))
+		return
+	}
+	e.failures = 0
+	e.wait.Reset()
+	c.postpone(e, svid.renewAt)
+}
+
+// report counts and logs failures; of an entry that fails again and again only
+// the first is loud.
+func (c *Cache) report(ctx context.Context, batch, failed []*job, err error) {
+	if err != nil {
+		c.metrics.signFailures.WithLabelValues(reasonLabel(err)).Add(float64(len(batch)))
+		c.log.WarnContext(ctx, "signing failed", slog.Int("items", len(batch)),
+			slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()))
+		return
+	}
+	for _, j := range failed {
+		c.metrics.signFailures.WithLabelValues(reasonLabel(j.err)).Inc()
+		level := slog.LevelDebug
+		if j.first {
+			level = slog.LevelWarn
+		}
+		c.log.LogAttrs(ctx, level, "no certificate for an entry", slog.String("entry_id", j.facts.id),
+			slog.String("spiffe_id", j.facts.spiffeID.String()), slog.String("reason", fault.ReasonOf(j.err)), slog.String("error", j.err.Error()))
+	}
+}
+
+// parallel calls do for 0..n-1 on all cores.
+func parallel(n int, do func(i int)) {
+	workers := min(runtime.GOMAXPROCS(0), n)
+	if workers <= 1 {
+		for i := range n {
+			do(i)
+		}
+		return
+	}
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				do(i)
+			}
+		})
+	}
+	wg.Wait()
+}

@@ -1,0 +1,199 @@
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
+
+	"github.com/seed-caa81108/assay/agent/attest"
+	"github.com/seed-caa81108/assay/agent/cache"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/pkg/selector"
+)
+
+// The header of every request (SPIFFE Workload Endpoint section 3).
+const (
+	headerKey   = "workload.spiffe.io"
+	headerValue = "true"
+)
+
+// Subscription follows what one caller may have. *cache.Subscription is one.
+type Subscription interface {
+	// Changed receives after Snapshot's answer has changed.
+	Changed() <-chan struct{}
+	// Snapshot returns the complete state, or why there is none.
+	Snapshot() (*cache.Snapshot, error)
+	// Sent says that a snapshot was written to the caller's stream.
+	Sent(*cache.Snapshot)
+	Close()
+}
+
+// Config is what New needs.
+type Config struct {
+	Attestor *attest.Attestor
+	// Subscribe follows the state for a caller's selectors.
+	Subscribe  func(selector.Set) Subscription
+	Limits     Limits
+	Log        *slog.Logger
+	Calls      *rpc.Metrics
+	Registerer prometheus.Registerer
+}
+
+// timing has the waits of the protocol; tests shorten them.
+type timing struct {
+	hold     time.Duration // for a caller without a deadline
+	holdMost time.Duration // for one with a deadline, at most half of it
+	pending  time.Duration // for the successor of what was revoked
+	send     time.Duration // until a stream counts as stalled
+	shed     time.Duration // that a connection beyond the limits stays
+	grace    time.Duration // for streams to end at shutdown
+}
+
+var defaultTiming = timing{
+	hold: 10 * time.Second, holdMost: 2 * time.Second, pending: 10 * time.Second,
+	send: 10 * time.Second, shed: 2 * time.Second, grace: 2 * time.Second,
+}
+
+// Server is the Workload API endpoint.
+type Server struct {
+	attestor  *attest.Attestor
+	subscribe func(selector.Set) Subscription
+	gate      *gate
+	log       *slog.Logger
+	metrics   *metrics
+	timing    timing
+	grpc      *grpc.Server
+	stopping  chan struct{}
+	sends     sync.WaitGroup // sends that outlive their handler for a moment
+
+	mu   sync.Mutex
+	open map[*conn]struct{}
+}
+
+// New returns an endpoint that serves nothing yet.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.Limits.Check(); err != nil {
+		return nil, err
+	}
+	limits := cfg.Limits.withDefaults()
+	gate := newGate(limits)
+	s := &Server{
+		attestor: cfg.Attestor, subscribe: cfg.Subscribe, gate: gate, log: cfg.Log,
+		metrics: newMetrics(cfg.Registerer, gate), timing: defaultTiming, stopping: make(chan struct{}),
+		open: map[*conn]struct{}{},
+	}
+	s.grpc = rpc.NewServer(rpc.ServerConfig{
+		Name: "api", Methods: Methods(), Creds: handshake{cfg.Attestor.Credentials(), s},
+		HeaderKey: headerKey, HeaderValue: headerValue,
+		// Above the limit per user, so that what is too much is refused: gRPC's
+		// own limit makes clients wait in silence.
+		MaxStreams: uint32(limits.StreamsPerUID) + 100,
+		Log:        cfg.Log, Metrics: cfg.Calls,
+		Options: []grpc.ServerOption{
+			grpc.ForceServerCodecV2(newCodec()),
+			// Requests are a few bytes: small buffers do, and fixed windows save
+			// the pings that gRPC would measure bandwidth with.
+			grpc.ReadBufferSize(4 << 10),
+			grpc.StaticStreamWindowSize(64 << 10),
+			grpc.StaticConnWindowSize(64 << 10),
+			grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 10 * time.Minute}),
+		},
+	})
+	workload.RegisterSpiffeWorkloadAPIServer(s.grpc, workloadAPI{server: s})
+	s.registerReflection(s.grpc)
+	return s, nil
+}
+
+// Methods is the method table of the socket (I11). Who calls is established per
+// connection and judged in the handler, which can wait; the rules here only
+// demand that it was established.
+func Methods() rpc.Methods {
+	return rpc.Methods{
+		workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:                localCaller,
+		workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName:             localCaller,
+		workload.SpiffeWorkloadAPI_FetchJWTSVID_FullMethodName:                 rpc.NotImplemented,
+		workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:              rpc.NotImplemented,
+		workload.SpiffeWorkloadAPI_ValidateJWTSVID_FullMethodName:              rpc.NotImplemented,
+		workload.SpiffeWorkloadAPI_FetchWITSVID_FullMethodName:                 rpc.NotImplemented,
+		workload.SpiffeWorkloadAPI_FetchWITBundles_FullMethodName:              rpc.NotImplemented,
+		reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      localCaller,
+		reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: localCaller,
+	}
+}
+
+func localCaller(c rpc.Caller) error {
+	if !c.Local {
+		return fault.New(fault.Denied, "caller_unresolvable", "this socket serves processes of its own host only")
+	}
+	return nil
+}
+
+// Serve serves on a Unix listener until ctx ends, then ends all streams with
+// Unavailable and closes the listener. A Server serves once.
+func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.grpc.Serve(&listener{Listener: s.attestor.Listener(lis), server: s, closed: make(chan struct{})})
+	}()
+	var err error
+	select {
+	case err = <-ended:
+		s.stop()
+	case <-ctx.Done():
+		s.stop()
+		err = <-ended
+	}
+	if err != nil && !errors.Is(err, grpc.ErrServerStopped) { // stopped before it began
+		return fmt.Errorf("serve workload API: %w", err)
+	}
+	return nil
+}
+
+// stop ends all streams with a status that makes clients come back, and gives
+// them a moment to read it (WL-24). Then it closes what is left, connections
+// that never said a word included: gRPC would wait for those.
+func (s *Server) stop() {
+	close(s.stopping)
+	force := time.AfterFunc(s.timing.grace, func() {
+		s.closeConnections()
+		s.grpc.Stop()
+	})
+	s.grpc.GracefulStop()
+	force.Stop()
+	s.sends.Wait()
+}
+
+func (s *Server) closeConnections() {
+	s.mu.Lock()
+	open := slices.Collect(maps.Keys(s.open))
+	s.mu.Unlock()
+	for _, c := range open {
+		_ = c.Close()
+	}
+}
+
+func (s *Server) track(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open[c] = struct{}{}
+}
+
+func (s *Server) forget(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.open, c)
+}

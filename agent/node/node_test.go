@@ -1,0 +1,700 @@
+package node_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/pem"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"google.golang.org/grpc"
+
+	"github.com/seed-caa81108/assay/agent/node"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+// inBubble runs a test with a server that is up and a host that can join it.
+func inBubble(t *testing.T, do func(t *testing.T, f *fake, h *host)) {
+	t.Helper()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake()
+		f.start()
+		defer f.stop()
+		h := newHost(t, f, dir)
+		defer h.kill()
+		do(t, f, h)
+	})
+}
+
+func ping(t *testing.T, c *node.Conn) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	_, err := c.Client.SignX509(ctx, &agentv1.SignX509Request{}, grpc.WaitForReady(true))
+	return fault.FromStatus(err)
+}
+
+func TestJoinsOnceAndRemembersAcrossRestarts(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		c := h.conn()
+		if err := ping(t, c); err != nil {
+			t.Fatal(err)
+		}
+		c.Release()
+		first := h.identity()
+		if b, ok := h.state.Bundle(); !ok || !b.Authenticated || b.Sequence != 1 {
+			t.Errorf("bundle: %+v", b)
+		}
+		bundles := f.count("Bundle")
+		h.restart()
+		h.conn().Release()
+		if got := h.identity(); got.AgentID != first.AgentID || !got.Key.Equal(first.Key) {
+			t.Error("another identity after the restart")
+		}
+		if n := f.count("Attest/join_token"); n != 1 {
+			t.Errorf("attested %d times", n)
+		}
+		if f.count("Bundle") != bundles {
+			t.Error("the pin was used again although there is an authenticated bundle")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestTrustBundleFileIsReadUntilABundleIsAuthenticated(t *testing.T) {
+	for _, format := range []string{"pem", "json"} {
+		t.Run(format, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, h *host) {
+				path := filepath.Join(h.dir, "bundle")
+				var data []byte
+				if format == "pem" {
+					data = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.root.cert.Raw})
+				} else {
+					b := spiffebundle.New(td)
+					b.AddX509Authority(f.root.cert)
+					data = must(b.Marshal())
+				}
+				if err := os.WriteFile(path, data, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				h.cfg.Pin, h.cfg.TrustBundle = "", path
+				h.start()
+				h.conn().Release()
+				if n := f.count("Bundle"); n != 0 {
+					t.Errorf("asked for the bundle without authentication %d times", n)
+				}
+				if err := os.WriteFile(path, []byte("not read any more"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				h.restart()
+				h.conn().Release()
+				if err := h.stop(); err != nil {
+					t.Fatal(err)
+				}
+			})
+		})
+	}
+}
+
+func TestUnusableTrustBundleEndsTheStart(t *testing.T) {
+	inBubble(t, func(t *testing.T, _ *fake, h *host) {
+		path := filepath.Join(h.dir, "bundle")
+		if err := os.WriteFile(path, []byte("nonsense"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		h.cfg.Pin, h.cfg.TrustBundle = "", path
+		h.start()
+		<-h.done
+		if err := h.stop(); fault.ReasonOf(err) != "config_trust_bundle" || fault.KindOf(err) != fault.Precondition {
+			t.Fatal(err)
+		}
+	})
+}
+
+// NEG-27: nothing secret goes to a server that is not the one pinned.
+func TestTokenIsNotSentToAServerThatCantProveItself(t *testing.T) {
+	cases := map[string]func(f *fake, h *host){
+		// The pin names a root that the server does not have.
+		"other root": func(f *fake, h *host) { h.cfg.Pin = newAuthority().pin() },
+		// The bundle is the genuine one, relayed; the certificate is not.
+		"relayed bundle": func(f *fake, h *host) { f.tls = newAuthority() },
+	}
+	for name, spoil := range cases {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, h *host) {
+				f.evil = func() { t.Error("the token was sent") }
+				spoil(f, h)
+				h.start()
+				time.Sleep(time.Hour)
+				if _, ok := h.state.Identity(); ok || f.count("Attest/join_token") > 0 {
+					t.Error("attested")
+				}
+				select {
+				case <-h.done:
+					t.Errorf("gave up: %v", h.err)
+				default:
+				}
+				if f.count("Bundle") == 0 {
+					t.Error("did not even try")
+				}
+				if err := h.stop(); err != nil {
+					t.Fatal(err)
+				}
+			})
+		})
+	}
+}
+
+// NEG-14, P3: a lost reply costs another try, not the token.
+func TestLostReplyToAttestIsAskedForAgainWithTheSameKey(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		f.lose["Attest"] = 2
+		h.start()
+		synctest.Wait()
+		h.restart() // also over a restart between the tries
+		h.conn().Release()
+		keys := f.certified()
+		if len(keys) != 3 || len(slices.Compact(slices.Clone(keys))) != 1 {
+			t.Errorf("certified keys: %v", keys)
+		}
+		if len(f.agents) != 1 {
+			t.Errorf("%d agents", len(f.agents))
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestRefusedTokenIsLoggedAndANewOneIsTaken(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		var log bytes.Buffer
+		h.logTo = &log
+		h.putToken("wrong")
+		h.start()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if n := f.count("Attest/join_token"); n < 5 || n > 60 {
+			t.Errorf("%d attempts in 10 minutes", n)
+		}
+		if !strings.Contains(log.String(), "join_token_invalid") {
+			t.Errorf("no reason in the log: %s", log.String())
+		}
+		if strings.Contains(log.String(), "wrong") {
+			t.Error("the token is in the log")
+		}
+		if err := os.Remove(h.cfg.JoinTokenFile); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if !strings.Contains(log.String(), "join_token_missing") {
+			t.Error("no reason for the missing file")
+		}
+		h.putToken("token-1")
+		h.conn().Release()
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestTokenThatOthersCanReadIsNotUsed(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		if err := os.Chmod(h.cfg.JoinTokenFile, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		h.start()
+		time.Sleep(time.Minute)
+		if f.count("Attest/join_token") != 0 {
+			t.Error("used")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestRenewsForDaysWithNewKeysAndWithoutAGap(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		connections := 0
+		for end := time.Now().Add(5 * 24 * time.Hour); time.Now().Before(end); {
+			c := h.conn()
+			connections++
+			for replaced := false; !replaced && time.Now().Before(end); {
+				if err := ping(t, c); err != nil {
+					t.Fatalf("a call failed in connection %d: %v", connections, err)
+				}
+				select {
+				case <-c.Replaced():
+					replaced = true
+				case <-time.After(time.Minute):
+				}
+			}
+			// Make before break: its successor is there, and this one still
+			// finishes what runs over it.
+			next := h.conn()
+			if err := ping(t, c); err != nil && fault.ReasonOf(err) != "agent_svid_not_active" {
+				t.Fatalf("the old connection was closed under its user: %v", err)
+			}
+			next.Release()
+			c.Release()
+		}
+		keys := f.certified()
+		slices.Sort(keys)
+		if n := len(keys); n < 18 || n > 24 {
+			t.Errorf("%d certificates in 5 days of 12 h certificates", n)
+		}
+		if len(slices.Compact(keys)) != len(f.certified()) {
+			t.Error("a key was certified twice")
+		}
+		if f.count("Attest/join_token") != 1 || f.count("Attest/rejoin") != 0 {
+			t.Error("attested again")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestLostReplyToRenewCostsNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		c := h.conn()
+		f.with(func() { f.lose["Renew"] = 3 })
+		<-c.Replaced()
+		c.Release()
+		h.conn().Release()
+		keys := f.certified()
+		if len(keys) != 5 || len(slices.Compact(slices.Clone(keys))) != 2 {
+			t.Errorf("certified: %v", keys)
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestRenewedButNeverUsedCertificateWorksAfterARestart(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		c := h.conn()
+		before := h.identity()
+		f.with(func() { f.lose["SignX509"] = 0 })
+		// The server goes away right after the renewal.
+		f.with(func() {
+			f.corrupt = func(*agentv1.Identity) { go f.stop() }
+		})
+		for h.identity().Key.Equal(before.Key) {
+			time.Sleep(time.Minute)
+			if f.grpc == nil {
+				break
+			}
+		}
+		c.Release()
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+		f.with(func() { f.corrupt = nil })
+		f.start()
+		h.start()
+		h.conn().Release()
+		if f.count("Attest/rejoin") != 0 {
+			t.Error("had to rejoin")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// P5, NEG-59: an outage longer than the certificate's life needs no human.
+func TestComesBackAfterAnOutageLongerThanItsCertificate(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, f *fake, h *host) {
+			h.start()
+			h.conn().Release()
+			before := h.identity()
+			f.stop()
+			time.Sleep(30 * time.Hour)
+			if restart {
+				h.restart()
+				time.Sleep(time.Hour)
+			}
+			f.start()
+			start := time.Now()
+			c := h.conn()
+			if err := ping(t, c); err != nil {
+				t.Fatal(err)
+			}
+			c.Release()
+			if d := time.Since(start); d > 20*time.Second {
+				t.Errorf("took %v", d)
+			}
+			after := h.identity()
+			if after.AgentID != before.AgentID || after.Key.Equal(before.Key) {
+				t.Error("not the same agent with a new key")
+			}
+			if f.count("Attest/rejoin") == 0 || f.count("Attest/join_token") != 1 {
+				t.Errorf("calls: %v", f.calls)
+			}
+			if err := h.stop(); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func TestRejoinsWithThePendingKeyWhenTheReplyToRenewWasLostForGood(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		h.conn().Release()
+		f.with(func() { f.lose["Renew"] = 1 << 30 })
+		time.Sleep(8 * time.Hour)
+		// The server knows only the key that it certified last.
+		f.with(func() {
+			for _, r := range f.agents {
+				r.active, r.activeKey = r.pending, r.pendingKey
+			}
+		})
+		c := h.conn()
+		if err := ping(t, c); fault.ReasonOf(err) != "agent_svid_not_active" {
+			t.Fatal(err)
+		}
+		<-c.Replaced()
+		c.Release()
+		again := h.conn()
+		if err := ping(t, again); err != nil {
+			t.Fatal(err)
+		}
+		again.Release()
+		if n := f.count("Attest/rejoin"); n != 2 {
+			t.Errorf("%d rejoins, want one per key", n)
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestUsesANewTokenWhenItMayNotRejoin(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		h.conn().Release()
+		before := h.identity()
+		f.with(func() {
+			f.rejoin = false
+			clear(f.agents) // evicted
+		})
+		h.restart()
+		time.Sleep(10 * time.Minute)
+		if n := f.count("Attest/join_token"); n != 1 {
+			t.Errorf("the used token was sent again: %d", n)
+		}
+		if f.count("Attest/rejoin") < 5 {
+			t.Error("gave up")
+		}
+		f.addToken("token-2")
+		h.putToken("token-2")
+		c := h.conn()
+		if err := ping(t, c); err != nil {
+			t.Fatal(err)
+		}
+		c.Release()
+		if h.identity().AgentID == before.AgentID {
+			t.Error("the same agent ID from another token")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestEvictionIsNoticedOnAnOpenConnection(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		c := h.conn()
+		f.with(func() { clear(f.agents) })
+		f.addToken("token-2")
+		h.putToken("token-2")
+		if err := ping(t, c); fault.ReasonOf(err) != "agent_unknown" {
+			t.Fatal(err)
+		}
+		<-c.Replaced()
+		c.Release()
+		again := h.conn()
+		if err := ping(t, again); err != nil {
+			t.Fatal(err)
+		}
+		again.Release()
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// NEG-13: a ban ends the agent and takes its identity, wherever it is noticed.
+func TestBanEndsTheAgent(t *testing.T) {
+	cases := map[string]func(h *host, ban func()){
+		"on an open connection": func(h *host, ban func()) {
+			h.start()
+			c := h.conn()
+			ban()
+			_ = ping(h.t, c)
+			c.Release()
+		},
+		"while renewing": func(h *host, ban func()) {
+			h.start()
+			h.conn().Release()
+			ban()
+			time.Sleep(8 * time.Hour)
+		},
+		"at the next start": func(h *host, ban func()) {
+			h.start()
+			h.conn().Release()
+			if err := h.stop(); err != nil {
+				h.t.Fatal(err)
+			}
+			ban()
+			h.start()
+		},
+		"while rejoining": func(h *host, ban func()) {
+			h.start()
+			h.conn().Release()
+			if err := h.stop(); err != nil {
+				h.t.Fatal(err)
+			}
+			ban()
+			time.Sleep(13 * time.Hour)
+			h.start()
+		},
+		"with a good token": func(h *host, ban func()) {
+			h.start()
+			h.conn().Release()
+			if err := h.stop(); err != nil {
+				h.t.Fatal(err)
+			}
+			ban()
+			if err := os.RemoveAll(filepath.Join(h.dir, "data")); err != nil {
+				h.t.Fatal(err)
+			}
+			h.fake.addToken("token-1") // as if it was not used up
+			h.start()
+		},
+	}
+	for name, notice := range cases {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, h *host) {
+				notice(h, func() {
+					f.with(func() {
+						for _, r := range f.agents {
+							r.banned = true
+						}
+					})
+				})
+				select {
+				case <-h.done:
+				case <-time.After(5 * time.Minute):
+					t.Error("Run did not end")
+				}
+				if _, ok := h.state.Identity(); ok {
+					t.Error("the identity is still there")
+				}
+				if err := h.stop(); fault.ReasonOf(err) != "agent_banned" || fault.KindOf(err) != fault.Denied {
+					t.Errorf("ended with %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestOlderBundleInAnAttestationIsRefused(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		var log bytes.Buffer
+		h.logTo = &log
+		f.sequence = 9
+		h.start()
+		h.conn().Release()
+		f.stop()
+		time.Sleep(13 * time.Hour)
+		f.with(func() { f.sequence = 8 })
+		f.start()
+		time.Sleep(time.Hour)
+		if b, _ := h.state.Bundle(); b.Sequence != 9 {
+			t.Errorf("the agent holds bundle %d", b.Sequence)
+		}
+		f.with(func() { f.sequence = 10 })
+		h.conn().Release()
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(log.String(), "level=ERROR") || !strings.Contains(log.String(), "bundle_rollback") {
+			t.Error("no alarm in the log")
+		}
+	})
+}
+
+func TestServerAddressesAreTriedInTurn(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.cfg.Addresses = []string{"dead:1", "silent:2", "server:8443"}
+		h.dial = func(ctx context.Context, address string) (net.Conn, error) {
+			if address == "silent:2" {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return f.dial(ctx, address)
+		}
+		h.start()
+		c := h.conn()
+		if err := ping(t, c); err != nil {
+			t.Fatal(err)
+		}
+		c.Release()
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestConnectionSurvivesARestartOfTheServer(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		h.start()
+		c := h.conn()
+		for range 3 {
+			f.stop()
+			time.Sleep(10 * time.Minute)
+			f.start()
+			start := time.Now()
+			if err := ping(t, c); err != nil {
+				t.Fatal(err)
+			}
+			if d := time.Since(start); d > 25*time.Second {
+				t.Errorf("took %v", d)
+			}
+		}
+		select {
+		case <-c.Replaced():
+			t.Error("replaced without need")
+		default:
+		}
+		c.Release()
+		if f.count("Attest/join_token") != 1 {
+			t.Error("attested again")
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// The root that the agent's certificate chains to may be revoked while the
+// agent is away. The server then ends the handshake, which looks like a
+// network failure.
+func TestRejoinsWhenItsCertificateIsNotAcceptedInTheHandshake(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		other := newAuthority()
+		f.bundled = append(f.bundled, other)
+		h.start()
+		h.conn().Release()
+		f.stop()
+		f.with(func() {
+			f.bundled, f.root, f.tls, f.sequence = []*authority{other}, other, other, 2
+		})
+		f.start()
+		h.restart()
+		c := h.conn()
+		if err := ping(t, c); err != nil {
+			t.Fatal(err)
+		}
+		c.Release()
+		if f.count("Attest/rejoin") != 1 {
+			t.Errorf("calls: %v", f.calls)
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestCertificatesThatAreNotOursAreNotTaken(t *testing.T) {
+	cases := map[string]func(f *fake, id *agentv1.Identity){
+		"no chain":      func(_ *fake, id *agentv1.Identity) { id.Chain = nil },
+		"not X.509":     func(_ *fake, id *agentv1.Identity) { id.Chain = [][]byte{{1, 2, 3}} },
+		"other name":    func(_ *fake, id *agentv1.Identity) { id.AgentId += "x" },
+		"untrusted":     func(_ *fake, id *agentv1.Identity) { id.Chain = [][]byte{leafFor(newAuthority(), id.AgentId)} },
+		"other key":     func(f *fake, id *agentv1.Identity) { id.Chain = [][]byte{leafFor(f.root, id.AgentId)} },
+		"other domain":  func(_ *fake, id *agentv1.Identity) { id.Bundle.TrustDomain = "other.org" },
+		"empty bundle":  func(_ *fake, id *agentv1.Identity) { id.Bundle.X509Authorities = nil },
+		"a workload ID": func(f *fake, id *agentv1.Identity) { id.AgentId = "spiffe://example.org/web" },
+	}
+	for name, corrupt := range cases {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, h *host) {
+				f.corrupt = func(id *agentv1.Identity) { corrupt(f, id) }
+				h.start()
+				time.Sleep(time.Minute)
+				if id, ok := h.state.Identity(); ok {
+					t.Errorf("took %v", id.AgentID)
+				}
+				f.with(func() { f.corrupt = nil })
+				h.conn().Release()
+				if err := h.stop(); err != nil {
+					t.Fatal(err)
+				}
+			})
+		})
+	}
+}
+
+func TestConnWaitsUntilItsContextEnds(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		f.stop()
+		h.start()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if _, err := h.node.Conn(ctx); fault.ReasonOf(err) != "server_unreachable" || fault.KindOf(err) != fault.NotReady {
+			t.Fatal(err)
+		}
+		if err := h.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestConfigurationThatCantWorkIsRefused(t *testing.T) {
+	good := node.Config{TrustDomain: td, ReservedPrefix: "/assay/", Addresses: []string{"a:1"}, Pin: strings.Repeat("0", 64)}
+	for reason, spoil := range map[string]func(*node.Config){
+		"config_server":       func(c *node.Config) { c.Addresses = nil },
+		"config_pin":          func(c *node.Config) { c.Pin = "abc" },
+		"config_trust":        func(c *node.Config) { c.TrustBundle = "both" },
+		"config_trust_domain": func(c *node.Config) { c.ReservedPrefix = "//" },
+	} {
+		c := good
+		spoil(&c)
+		if _, err := node.New(node.Options{Config: c, Registerer: prometheus.NewRegistry()}); fault.ReasonOf(err) != reason {
+			t.Errorf("%s: %v", reason, err)
+		}
+	}
+	inBubble(t, func(t *testing.T, _ *fake, h *host) {
+		h.cfg.JoinTokenFile = ""
+		h.start()
+		<-h.done
+		if err := h.stop(); fault.ReasonOf(err) != "config_no_attestor" {
+			t.Fatal(err)
+		}
+	})
+}
