@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	spireentry "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+)
+
+const (
+	defaultServerSocket = "/run/assay-server/admin.sock"
+	serverSocketEnv     = "ASSAY_SERVER_SOCKET"
+
+	// callTimeout bounds one RPC to the server. Reads come from its memory and
+	// writes are one commit: what takes longer is stuck.
+	callTimeout = 30 * time.Second
+	// maxAnswer is larger than gRPC's default: Status names every agent.
+	maxAnswer = 64 << 20
+)
+
+// serverFlags adds what every verb that talks to the server takes.
+func (t *tool) serverFlags(cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().StringVar(&t.socket, "socket", "",
+		"the server's admin socket (default $"+serverSocketEnv+", else "+defaultServerSocket+")")
+	return cmd
+}
+
+// serverConn is a connection to the server's admin socket.
+type serverConn struct {
+	conn    *grpc.ClientConn
+	path    string
+	admin   adminv1.AdminClient
+	entries spireentry.EntryClient
+	agents  spireagent.AgentClient
+	bundles spirebundle.BundleClient
+}
+
+// dialServer prepares a connection; nothing is sent before the first call.
+func (t *tool) dialServer() (*serverConn, error) {
+	path, err := serverSocket(t.socket, t.getenv(serverSocketEnv))
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient("passthrough:///assay-server",
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // the kernel tells each side who the other is
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", path, err)
+	}
+	return &serverConn{
+		conn: conn, path: path,
+		admin:   adminv1.NewAdminClient(conn),
+		entries: spireentry.NewEntryClient(conn),
+		agents:  spireagent.NewAgentClient(conn),
+		bundles: spirebundle.NewBundleClient(conn),
+	}, nil
+}
+
+func (s *serverConn) close() { _ = s.conn.Close() }
+
+// serverSocket returns the path of the admin socket: the flag, else the
+// environment, else the default; with or without a unix: scheme.
+func serverSocket(flag, env string) (string, error) {
+	from, path := "--socket", flag
+	if path == "" {
+		from, path = serverSocketEnv, env
+	}
+	if path == "" {
+		return defaultServerSocket, nil
+	}
+	if rest, ok := strings.CutPrefix(path, "unix:"); ok {
+		path = rest
+		if strings.HasPrefix(rest, "//") {
+			path = rest[2:]
+		}
+	}
+	if !strings.HasPrefix(path, "/") || strings.ContainsRune(path, 0) {
+		return "", usageError(from + " must be the absolute path of a Unix socket, as in " + defaultServerSocket)
+	}
+	return path, nil
+}
+
+// serverVerb makes RunE of a verb that talks to the server.
+func (t *tool) serverVerb(do func(ctx context.Context, s *serverConn, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		s, err := t.dialServer()
+		if err != nil {
+			return err
+		}
+		defer s.close()
+		return do(cmd.Context(), s, args)
+	}
+}
+
+// ask makes one call to the server under a deadline and explains its error.
+func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req) (Resp, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	resp, err := call(ctx, req)
+	if err != nil {
+		return resp, callError(ctx, err, "the server's admin socket", "unix", s.path)
+	}
+	return resp, nil
+}
+
+// requestID rides along with an error to its printing.
+type requestID string
+
+func (r requestID) Error() string { return "request_id " + string(r) }
+
+// callError turns what a call returned into a fault that says what to do: the
+// peer's own words if it answered, else why it can't be reached.
+func callError(ctx context.Context, err error, what, network, address string) error {
+	st, _ := status.FromError(err)
+	if id, ours := answered(st); ours {
+		return errors.Join(fault.FromStatus(err), requestID(id))
+	}
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return fault.New(fault.NotReady, "interrupted", "interrupted before an answer came")
+	case st.Code() == codes.DeadlineExceeded && reachable(network, address) == nil:
+		return fault.Newf(fault.NotReady, "timeout", "no answer from %s %s in time: see its log, or allow more time", what, address)
+	case st.Code() == codes.Unavailable || st.Code() == codes.DeadlineExceeded:
+		return unreachable(what, network, address)
+	}
+	return fault.FromStatus(err)
+}
+
+// answered says whether a status was made by an Assay daemon, and with which
+// request id.
+func answered(st *status.Status) (id string, ours bool) {
+	for _, d := range st.Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == fault.Domain {
+			return info.GetMetadata()["request_id"], true
+		}
+	}
+	return "", false
+}
+
+// reachable tries the peer's address once, to say what is wrong with it.
+func reachable(network, address string) error {
+	conn, err := net.DialTimeout(network, address, time.Second)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// unreachable explains a failed connection by what the kernel says about it.
+func unreachable(what, network, address string) error {
+	err := reachable(network, address)
+	switch {
+	case err == nil:
+		return fault.New(fault.NotReady, "unavailable", what+" "+address+" takes connections but gives no answer: see its log")
+	case errors.Is(err, fs.ErrNotExist):
+		return fault.New(fault.NotReady, "unreachable", what+" "+address+" does not exist: start the daemon, or name another with --socket")
+	case errors.Is(err, fs.ErrPermission):
+		return fault.New(fault.Denied, "socket_denied", "no permission for "+what+" "+address+": run as root or as a member of its group")
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fault.New(fault.NotReady, "unreachable", "nobody listens on "+what+" "+address+": start the daemon")
+	}
+	return fault.Wrap(fault.NotReady, err, "unreachable", "can't connect to "+what+" "+address)
+}

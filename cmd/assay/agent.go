@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+)
+
+// agentList is what `agent list -o json` prints.
+type agentList struct {
+	Agents []agentShape `json:"agents"`
+}
+
+// agentShape is one agent as the server has it on record. Serial is that of
+// its active X.509-SVID; SVIDExpiresAt is null for an agent without one.
+type agentShape struct {
+	ID            string     `json:"id"`
+	Attestor      string     `json:"attestor"`
+	Serial        string     `json:"serial"`
+	SVIDExpiresAt *time.Time `json:"svid_expires_at"`
+	Selectors     []string   `json:"selectors"`
+	Banned        bool       `json:"banned"`
+	CanReattest   bool       `json:"can_reattest"`
+	Version       string     `json:"version"`
+}
+
+func newAgentCommand(t *tool) *cobra.Command {
+	return group("agent", "Agents: the nodes of this trust domain", newAgentListCommand(t))
+}
+
+func newAgentListCommand(t *tool) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List agents",
+		Long: `List the agents on record, also those that are not connected.
+
+  $ assay agent list
+  $ assay agent list -o json | jq -r '.agents[] | select(.banned) | .id'`,
+		Args: noArgs,
+		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
+			agents, err := listAgents(ctx, s)
+			if err != nil {
+				return err
+			}
+			return t.print(agentList{Agents: agents}, func(w io.Writer) error { return writeAgents(w, agents) })
+		}),
+	}
+	return t.serverFlags(cmd)
+}
+
+func listAgents(ctx context.Context, s *serverConn) ([]agentShape, error) {
+	agents := []agentShape{}
+	err := pages(func(token string) (string, error) {
+		resp, err := ask(ctx, s, s.agents.ListAgents, &spireagent.ListAgentsRequest{PageToken: token})
+		for _, a := range resp.GetAgents() {
+			agents = append(agents, agentFromProto(a))
+		}
+		return resp.GetNextPageToken(), err
+	})
+	return agents, err
+}
+
+func agentFromProto(a *types.Agent) agentShape {
+	return agentShape{
+		ID: idFromProto(a.GetId()), Attestor: a.GetAttestationType(), Serial: a.GetX509SvidSerialNumber(),
+		SVIDExpiresAt: fromUnix(a.GetX509SvidExpiresAt()), Selectors: selectorTexts(a.GetSelectors()),
+		Banned: a.GetBanned(), CanReattest: a.GetCanReattest(), Version: a.GetAgentVersion(),
+	}
+}
+
+func writeAgents(w io.Writer, agents []agentShape) error {
+	rows := table{header: []string{"ID", "ATTESTOR", "SVID EXPIRES", "STATE", "VERSION"}}
+	for _, a := range agents {
+		state := "ok"
+		if a.Banned {
+			state = "banned"
+		}
+		rows.add(a.ID, a.Attestor, stampOf(a.SVIDExpiresAt), state, a.Version)
+	}
+	return rows.write(w)
+}

@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	spireentry "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+)
+
+// serveUnix serves a gRPC server on a Unix socket until the test ends and
+// returns the socket's path.
+func serveUnix(t *testing.T, register func(*grpc.Server)) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s.sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	register(srv)
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(ln) }()
+	t.Cleanup(func() {
+		srv.Stop()
+		if err := <-done; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	return path
+}
+
+// fakeServer answers the tool as an Assay server would, from fields that a
+// test sets. It is a fake of the services behind the admin socket.
+type fakeServer struct {
+	adminv1.UnimplementedAdminServer
+
+	status   *adminv1.StatusResponse
+	bundle   *types.Bundle
+	entries  []*types.Entry
+	agents   []*types.Agent
+	token    *types.JoinToken
+	err      error // every call fails with it
+	pageSize int   // entries and agents per page; 0 = all
+
+	mu      sync.Mutex
+	created []*types.Entry
+	deleted []string
+	filter  *spireentry.ListEntriesRequest_Filter
+	ttl     int32
+	calls   int
+}
+
+type fakeEntries struct {
+	spireentry.UnimplementedEntryServer
+	*fakeServer
+}
+
+type fakeAgents struct {
+	spireagent.UnimplementedAgentServer
+	*fakeServer
+}
+
+type fakeBundles struct {
+	spirebundle.UnimplementedBundleServer
+	*fakeServer
+}
+
+// start serves f on a Unix socket.
+func (f *fakeServer) start(t *testing.T) string {
+	return serveUnix(t, func(s *grpc.Server) {
+		adminv1.RegisterAdminServer(s, f)
+		spireentry.RegisterEntryServer(s, fakeEntries{fakeServer: f})
+		spireagent.RegisterAgentServer(s, fakeAgents{fakeServer: f})
+		spirebundle.RegisterBundleServer(s, fakeBundles{fakeServer: f})
+	})
+}
+
+func (f *fakeServer) begin() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls++
+	if f.err != nil {
+		return fault.Status(f.err, "REQ7").Err()
+	}
+	return nil
+}
+
+func (f *fakeServer) Status(context.Context, *adminv1.StatusRequest) (*adminv1.StatusResponse, error) {
+	return f.status, f.begin()
+}
+
+func itemStatus(err error) *types.Status {
+	if err == nil {
+		return &types.Status{Message: "OK"}
+	}
+	return &types.Status{Code: int32(fault.Code(fault.KindOf(err))), Message: fault.ReasonOf(err) + ": " + fault.SafeText(err)}
+}
+
+func (f fakeEntries) BatchCreateEntry(_ context.Context, req *spireentry.BatchCreateEntryRequest) (*spireentry.BatchCreateEntryResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &spireentry.BatchCreateEntryResponse{}
+	for _, e := range req.GetEntries() {
+		f.created = append(f.created, e)
+		result := &spireentry.BatchCreateEntryResponse_Result{Status: itemStatus(nil), Entry: e}
+		switch e.GetSpiffeId().GetPath() {
+		case "/twice":
+			result.Status = itemStatus(fault.New(fault.Exists, "entry_exists", "an entry with these IDs and selectors exists"))
+			result.Entry = f.entries[0]
+		case "/assay/server":
+			result.Status = itemStatus(fault.New(fault.Denied, "id_reserved", "this path is reserved"))
+			result.Entry = nil
+		case "/foreign": // as SPIRE words it
+			result.Status = &types.Status{Code: int32(codes.InvalidArgument), Message: "failed to convert entry: invalid spiffe ID"}
+			result.Entry = nil
+		default:
+			e.Id, e.CreatedAt = "e-new", 1790000000
+		}
+		resp.Results = append(resp.Results, result)
+	}
+	return resp, nil
+}
+
+func (f fakeEntries) ListEntries(_ context.Context, req *spireentry.ListEntriesRequest) (*spireentry.ListEntriesResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	f.filter = req.GetFilter()
+	f.mu.Unlock()
+	page, next := pageOf(f.entries, req.GetPageToken(), f.pageSize)
+	return &spireentry.ListEntriesResponse{Entries: page, NextPageToken: next}, nil
+}
+
+// pageOf cuts a page; a token is as many letters as items came before.
+func pageOf[T any](items []T, token string, size int) ([]T, string) {
+	items = items[len(token):]
+	if size == 0 || len(items) <= size {
+		return items, ""
+	}
+	return items[:size], token + "xxxxxxxxxx"[:size]
+}
+
+func (f fakeEntries) GetEntry(_ context.Context, req *spireentry.GetEntryRequest) (*types.Entry, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	for _, e := range f.entries {
+		if e.GetId() == req.GetId() {
+			return e, nil
+		}
+	}
+	return nil, fault.Status(fault.New(fault.NotFound, "entry_unknown", "no entry has this ID"), "REQ9").Err()
+}
+
+func (f fakeEntries) BatchDeleteEntry(_ context.Context, req *spireentry.BatchDeleteEntryRequest) (*spireentry.BatchDeleteEntryResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &spireentry.BatchDeleteEntryResponse{}
+	for _, id := range req.GetIds() {
+		var err error
+		if id[0] != 'e' {
+			err = fault.New(fault.NotFound, "entry_unknown", "no entry has this ID")
+		} else {
+			f.deleted = append(f.deleted, id)
+		}
+		resp.Results = append(resp.Results, &spireentry.BatchDeleteEntryResponse_Result{Id: id, Status: itemStatus(err)})
+	}
+	return resp, nil
+}
+
+func (f fakeAgents) ListAgents(_ context.Context, req *spireagent.ListAgentsRequest) (*spireagent.ListAgentsResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	page, next := pageOf(f.agents, req.GetPageToken(), f.pageSize)
+	return &spireagent.ListAgentsResponse{Agents: page, NextPageToken: next}, nil
+}
+
+func (f fakeAgents) CreateJoinToken(_ context.Context, req *spireagent.CreateJoinTokenRequest) (*types.JoinToken, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	f.ttl = req.GetTtl()
+	f.mu.Unlock()
+	return f.token, nil
+}
+
+func (f fakeBundles) GetBundle(context.Context, *spirebundle.GetBundleRequest) (*types.Bundle, error) {
+	return f.bundle, f.begin()
+}
+
+// fakeAgent is a fake of the Workload API. Each stream gets what script sends.
+type fakeAgent struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+	script func(stream workload.SpiffeWorkloadAPI_FetchX509SVIDServer, call int) error
+
+	mu    sync.Mutex
+	calls int
+}
+
+func (f *fakeAgent) FetchX509SVID(_ *workload.X509SVIDRequest, stream workload.SpiffeWorkloadAPI_FetchX509SVIDServer) error {
+	f.mu.Lock()
+	f.calls++
+	call := f.calls
+	f.mu.Unlock()
+	return f.script(stream, call)
+}
+
+func (f *fakeAgent) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls
+}
+
+// start serves f and returns its URI.
+func (f *fakeAgent) start(t *testing.T) string {
+	return "unix://" + serveUnix(t, func(s *grpc.Server) { workload.RegisterSpiffeWorkloadAPIServer(s, f) })
+}
+
+// sends makes a script that sends these messages and then waits.
+func sends(messages ...*workload.X509SVIDResponse) func(workload.SpiffeWorkloadAPI_FetchX509SVIDServer, int) error {
+	return func(stream workload.SpiffeWorkloadAPI_FetchX509SVIDServer, _ int) error {
+		for _, m := range messages {
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		}
+		<-stream.Context().Done()
+		return nil
+	}
+}
+
+// outcome is what one run of the tool left.
+type outcome struct {
+	code           int
+	stdout, stderr string
+}
+
+// assay runs the tool as main does, with an environment of its own.
+func assay(t *testing.T, vars map[string]string, args ...string) outcome {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	var stdout, stderr bytes.Buffer
+	code := run(ctx, env{
+		stdin: bytes.NewReader(nil), stdout: &stdout, stderr: &stderr,
+		getenv: func(name string) string { return vars[name] },
+	}, args)
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		t.Fatalf("%v took too long", args)
+	}
+	return outcome{code: code, stdout: stdout.String(), stderr: stderr.String()}
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+)
+
+// tokenShape is what `token create -o json` prints. Token is the secret;
+// AgentID the SPIFFE ID that the agent will have; Pin the SHA-256 of the active
+// root's public key, by which the agent knows the server.
+type tokenShape struct {
+	Token     string    `json:"token"`
+	AgentID   string    `json:"agent_id"`
+	Pin       string    `json:"pin"`
+	ExpiresAt time.Time `json:"expires_at"`
+}
+
+func newTokenCommand(t *tool) *cobra.Command {
+	return group("token", "Join tokens: one-time rights to become an agent", newTokenCreateCommand(t))
+}
+
+func newTokenCreateCommand(t *tool) *cobra.Command {
+	var ttl time.Duration
+	cmd := &cobra.Command{
+		Use:   "create",
+		Short: "Create a one-time join token for an agent",
+		Long: `Create a join token, and print what a new agent needs: the token, the SPIFFE ID
+that the agent will have (the parent ID for its entries) and the pin of the
+server's active root. Whoever holds the token can become that agent until it
+is used or expires: write it to a file with mode 0600, nowhere else.
+
+  $ assay token create --ttl 1h
+  $ (umask 077; assay token create -o json | jq -r .token > join_token)`,
+		Args: noArgs,
+		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
+			made, err := createToken(ctx, s, ttl)
+			if err != nil {
+				return err
+			}
+			return t.print(made, made.write)
+		}),
+	}
+	cmd.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long the token can be used")
+	return t.serverFlags(cmd)
+}
+
+func (s tokenShape) write(w io.Writer) error {
+	rows := table{}
+	rows.add("token", s.Token)
+	rows.add("agent id", s.AgentID)
+	rows.add("pin", s.Pin)
+	rows.add("expires", stamp(s.ExpiresAt))
+	if err := rows.write(w); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(w, `
+For the agent's configuration, with the token alone in that file (mode 0600):
+
+pin: %s
+join_token_file: /etc/assay/join_token
+`, plain(s.Pin))
+	if err != nil {
+		return fmt.Errorf("write output: %w", err)
+	}
+	return nil
+}
+
+// createToken reads first and creates last: a token that could not be printed
+// with its pin would be a secret without a use.
+func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenShape, error) {
+	secs, err := seconds("--ttl", ttl)
+	if err != nil {
+		return tokenShape{}, err
+	}
+	if secs == 0 {
+		return tokenShape{}, usageError("--ttl must be at least one second")
+	}
+	bundle, err := ask(ctx, s, s.bundles.GetBundle, &spirebundle.GetBundleRequest{OutputMask: &types.BundleMask{}})
+	if err != nil {
+		return tokenShape{}, err
+	}
+	td, err := spiffeid.TrustDomainFromString(bundle.GetTrustDomain())
+	if err != nil {
+		return tokenShape{}, badAnswer("a valid trust domain")
+	}
+	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+	if err != nil {
+		return tokenShape{}, err
+	}
+	pin, err := activePin(state.GetAuthorities())
+	if err != nil {
+		return tokenShape{}, err
+	}
+	token, err := ask(ctx, s, s.agents.CreateJoinToken, &spireagent.CreateJoinTokenRequest{Ttl: secs})
+	if err != nil {
+		return tokenShape{}, err
+	}
+	if token.GetValue() == "" {
+		return tokenShape{}, badAnswer("the token")
+	}
+	return tokenShape{
+		Token: token.GetValue(), AgentID: tokenAgentID(td, token.GetValue()),
+		Pin: pin, ExpiresAt: time.Unix(token.GetExpiresAt(), 0).UTC(),
+	}, nil
+}
+
+// tokenAgentID is the ID that redeeming a token gives (design section 2). It
+// tells who made which agent without telling the token.
+func tokenAgentID(td spiffeid.TrustDomain, token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return "spiffe://" + td.Name() + "/assay/agent/join_token/" + hex.EncodeToString(sum[:16])
+}
+
+func activePin(authorities []*adminv1.Authority) (string, error) {
+	for _, a := range authorities {
+		if a.GetState() == "active" && a.GetUse() == "x509" && a.GetPin() != "" {
+			return a.GetPin(), nil
+		}
+	}
+	return "", fault.New(fault.Precondition, "no_active_root", "the server has no active root to pin: see assay status")
+}
