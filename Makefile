@@ -30,7 +30,7 @@ check: generate-check lint ## everything that must hold before a commit
 	$(MAKE) test
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
-	$(GO) run ./test/bench -bin $(BIN)
+	$(GO) run ./test/bench -bin $(BIN) -o docs/bench-results.md
 
 generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Go code from the .proto files
 	PATH="$(abspath $(TOOLS)):$$PATH" buf format -w
@@ -40,10 +40,10 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Go 
 generate-check: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
 	PATH="$(abspath $(TOOLS)):$$PATH" buf lint
 	PATH="$(abspath $(TOOLS)):$$PATH" buf format -d --exit-code
-	rm -rf $(OUT)/generated && mkdir -p $(OUT)/generated
-	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml -o $(OUT)/generated
-	@for f in $$(cd $(OUT)/generated/proto && find . -name '*.go'); do \
-		cmp -s "$(OUT)/generated/proto/$$f" "proto/$$f" || { echo "proto/$$f is stale: run make generate" >&2; exit 1; }; done
+	rm -rf $(OUT)/_generated && mkdir -p $(OUT)/_generated
+	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml -o $(OUT)/_generated
+	@for f in $$(cd $(OUT)/_generated/proto && find . -name '*.go'); do \
+		cmp -s "$(OUT)/_generated/proto/$$f" "proto/$$f" || { echo "proto/$$f is stale: run make generate" >&2; exit 1; }; done
 
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff

@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -65,10 +66,17 @@ func (g *guard) settle(err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return fault.Wrap(fault.NotReady, err, "interrupted", "the call was interrupted; retry")
 	}
-	if _, ok := status.FromError(err); ok {
-		return fault.FromStatus(err)
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
 	}
-	return err
+	switch st.Code() {
+	case codes.Internal: // gRPC's word for what it can't decode
+		return fault.Wrap(fault.Invalid, err, "request_malformed", "the message is not what this method takes")
+	case codes.ResourceExhausted:
+		return fault.Wrap(fault.Exhausted, err, "message_too_large", "the message is larger than this socket takes")
+	}
+	return fault.FromStatus(err)
 }
 
 func (g *guard) done(ctx context.Context, c *call, method string, err error) {

@@ -1,0 +1,134 @@
+// Command bench measures what docs/performance.md promises, through the real
+// binaries on this machine's loopback, and prints each figure with its ratio to
+// what the machine can do at best, measured in the same run.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/seed-caa81108/assay/test/harness"
+)
+
+func main() {
+	bins := flag.String("bin", "bin", "directory of the three binaries")
+	out := flag.String("o", "", "also write the table to this Markdown file")
+	limit := flag.String("limit-server", "", "internal: serve the empty Workload API on this socket")
+	flag.Parse()
+	if *limit != "" {
+		if err := serveConstant(*limit); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	dir, err := filepath.Abs(*bins)
+	if err == nil {
+		err = run(dir, *out)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// row is one line of the table.
+type row struct {
+	what, got, limit, ratio, goal string
+}
+
+// bench collects rows; it is the harness's TB.
+type bench struct {
+	bins     string
+	rows     []row
+	cleanups []func()
+	failed   bool
+}
+
+type failure string
+
+func (b *bench) Helper()                      {}
+func (b *bench) Logf(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) }
+func (b *bench) Failed() bool                 { return b.failed }
+func (b *bench) Cleanup(f func())             { b.cleanups = append(b.cleanups, f) }
+
+func (b *bench) Errorf(format string, a ...any) {
+	b.failed = true
+	b.Logf(format, a...)
+}
+
+func (b *bench) Fatalf(format string, a ...any) {
+	b.failed = true
+	panic(failure(fmt.Sprintf(format, a...)))
+}
+
+func (b *bench) must(err error) {
+	if err != nil {
+		b.Fatalf("%v", err)
+	}
+}
+
+func (b *bench) add(what, got, limit, ratio, goal string) {
+	b.rows = append(b.rows, row{what, got, limit, ratio, goal})
+	b.Logf("%-55s %s %s", what, got, ratio)
+}
+
+func run(bins, out string) (err error) {
+	b := &bench{bins: bins}
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case failure:
+			err = fmt.Errorf("%s", string(p))
+		default:
+			panic(p)
+		}
+		for _, f := range slices.Backward(b.cleanups) {
+			f()
+		}
+	}()
+	b.sizes()
+	b.coldStart()
+	s := harness.NewSite(b, b.bins, "")
+	s.StartServer()
+	b.signing(s)
+	a := s.NewAgent("agent")
+	a.Start(a.Join())
+	b.idle(s, a)
+	b.propagation(s, a)
+	b.fetching(s, a)
+	table := b.table()
+	fmt.Print(table)
+	if out != "" {
+		return os.WriteFile(out, []byte(table), 0o644)
+	}
+	return nil
+}
+
+func (b *bench) table() string {
+	var t strings.Builder
+	fmt.Fprintf(&t, "%s, %d cores, %s/%s, %s\n\n", time.Now().UTC().Format(time.DateOnly), runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, runtime.Version())
+	w := tabwriter.NewWriter(&t, 0, 0, 1, ' ', 0)
+	fmt.Fprintln(w, "| what\t| measured\t| limit of this run\t| ratio\t| goal\t|")
+	fmt.Fprintln(w, "|---\t|---\t|---\t|---\t|---\t|")
+	for _, r := range b.rows {
+		fmt.Fprintf(w, "| %s\t| %s\t| %s\t| %s\t| %s\t|\n", r.what, r.got, r.limit, r.ratio, r.goal)
+	}
+	_ = w.Flush()
+	return t.String()
+}
+
+// quantile returns the q-th quantile of samples, which it sorts.
+func quantile(samples []time.Duration, q float64) time.Duration {
+	slices.Sort(samples)
+	return samples[min(int(q*float64(len(samples))), len(samples)-1)]
+}
+
+func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }

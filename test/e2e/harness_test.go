@@ -1,0 +1,64 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/seed-caa81108/assay/test/harness"
+)
+
+// binaries are built at most once in a run.
+type binaries struct {
+	tags string
+	once sync.Once
+	dir  string
+	err  error
+}
+
+var (
+	plain     = &binaries{}
+	killable  = &binaries{tags: "failpoint"}
+	buildRoot string
+)
+
+func TestMain(m *testing.M) {
+	code := func() int {
+		dir, err := os.MkdirTemp("", "assay-bin-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer func() { _ = os.RemoveAll(dir) }()
+		buildRoot = dir
+		return m.Run()
+	}()
+	os.Exit(code) //nolint:forbidigo // TestMain is the main of a test
+}
+
+func (b *binaries) built(t testing.TB) string {
+	t.Helper()
+	b.once.Do(func() {
+		b.dir = filepath.Join(buildRoot, "bin-"+b.tags)
+		cmd := exec.Command("go", "build", "-trimpath", "-tags", b.tags, "-o", b.dir+"/", "./cmd/...")
+		cmd.Dir = "../.."
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			b.err = fmt.Errorf("build: %w\n%s", err, out)
+		}
+	})
+	if b.err != nil {
+		t.Fatal(b.err)
+	}
+	return b.dir
+}
+
+func newSite(t testing.TB, more string) *harness.Site {
+	t.Helper()
+	return harness.NewSite(t, plain.built(t), more)
+}

@@ -1,0 +1,93 @@
+package harness
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+)
+
+// Agent is one node of a site.
+type Agent struct {
+	*Process
+	// ID that the agent has, once a token was made for it.
+	ID string
+	// Ops is its metrics port.
+	Ops int
+	// ServerPort is where it finds the server; tests put a proxy there.
+	ServerPort int
+
+	site *Site
+	name string
+}
+
+// Token is a join token with what the agent's config needs beside it.
+type Token struct {
+	Token   string `json:"token"`
+	AgentID string `json:"agent_id"`
+	Pin     string `json:"pin"`
+}
+
+// NewAgent names an agent; the name is its directory in the site.
+func (s *Site) NewAgent(name string) *Agent {
+	return &Agent{site: s, name: name, Ops: FreePort(s.tb), ServerPort: s.Port}
+}
+
+// Socket is the path of the agent's Workload API.
+func (a *Agent) Socket() string { return a.site.File(a.name + "/pub/api.sock") }
+
+// Endpoint is Socket as an address.
+func (a *Agent) Endpoint() string { return "unix://" + a.Socket() }
+
+// RunDir is what a reboot empties.
+func (a *Agent) RunDir() string { return a.site.File(a.name + "/run") }
+
+// Join makes a token for the agent and notes the ID that it will get.
+func (a *Agent) Join() Token {
+	a.site.tb.Helper()
+	var out Token
+	a.site.CLIJSON(&out, "token", "create")
+	a.ID = out.AgentID
+	return out
+}
+
+// Start starts the agent and waits until it is ready.
+func (a *Agent) Start(token Token, env ...string) *Agent {
+	a.site.tb.Helper()
+	a.Launch(token, env...)
+	a.WaitReady(a.Ops)
+	return a
+}
+
+// Launch starts the agent without waiting; an empty token means the one of
+// before.
+func (a *Agent) Launch(token Token, env ...string) {
+	a.site.tb.Helper()
+	if token.Token != "" {
+		a.site.Write(a.name+".token", token.Token)
+		a.site.Write(a.name+".pin", token.Pin)
+	}
+	pin, err := os.ReadFile(a.site.File(a.name + ".pin"))
+	if err != nil {
+		a.site.tb.Fatalf("an agent needs a token first: %v", err)
+	}
+	config := a.site.Write(a.name+".yaml", fmt.Sprintf(`trust_domain: %s
+server:
+  addresses: [127.0.0.1:%d]
+pin: %s
+join_token_file: %s
+sockets:
+  dir: %s
+data_dir: %s
+run_dir: %s
+metrics:
+  listen: 127.0.0.1:%d
+`, TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops))
+	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
+}
+
+// Restart ends the agent with sig and starts it again.
+func (a *Agent) Restart(sig syscall.Signal) {
+	a.site.tb.Helper()
+	a.Stop(sig)
+	a.Start(Token{})
+}
