@@ -26,7 +26,7 @@ var rooms = map[string][]string{
 	},
 	"server/api": {
 		"server/attest", "server/audit", "server/ca", "server/registry",
-		"proto/agent/v1", "proto/admin/v1", "pkg/fault", "pkg/rpc", "pkg/selector",
+		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/rpc", "pkg/selector",
 	},
 	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
 	"server/registry": {"server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule", "pkg/selector"},

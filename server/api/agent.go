@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/attest"
@@ -77,6 +78,7 @@ func (s *AgentService) Renew(ctx context.Context, req *agentv1.RenewRequest) (*a
 		}
 		return nil, err
 	}
+	failpoint.Hit("renew_reply")
 	return &agentv1.RenewResponse{Identity: identity}, nil
 }
 

@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
@@ -64,6 +65,7 @@ func (s *AgentService) Attest(stream attestStream) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("attest_reply")
 	return stream.Send(&agentv1.AttestResponse{Step: &agentv1.AttestResponse_Identity{Identity: identity}})
 }
 

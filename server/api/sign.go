@@ -104,7 +104,7 @@ func (s *AgentService) sign(ctx context.Context, work []signing) error {
 		}
 		of = append(of, i)
 		reqs = append(reqs, ca.X509Request{
-			Kind: ca.Workload, ID: w.entry.SPIFFEID, PublicKey: w.key, DNSNames: w.entry.DNSNames, TTL: w.entry.X509SVIDTTL,
+			Kind: ca.Workload, ID: w.entry.SPIFFEID, PublicKey: w.key, DNSNames: w.entry.DNSNames, TTL: w.entry.X509SVIDTTL, NotAfter: w.entry.ExpiresAt,
 			EntryID: w.entry.ID, EntryRevision: w.entry.Revision, Rule: "entry",
 		})
 	}

@@ -521,3 +521,25 @@ func TestClockBeforeTheIssuerStopsSigning(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// An entry's expires_at bounds its certificates: else its last one would live
+// on for as long as any.
+func TestNoCertificateOutlivesTheRightToIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newWorld(t).open()
+		req := workload("/web")
+		req.NotAfter = time.Now().Add(10 * time.Minute)
+		if leaf := issue(t, a, req); leaf.NotAfter.After(req.NotAfter) {
+			t.Errorf("ends at %v, the right at %v", leaf.NotAfter, req.NotAfter)
+		}
+		req.NotAfter = time.Now().Add(2 * time.Hour)
+		if leaf := issue(t, a, req); time.Until(leaf.NotAfter) > time.Hour {
+			t.Errorf("a late end made a long life: %v", leaf.NotAfter)
+		}
+		req.NotAfter = time.Now().Add(-time.Second)
+		svids, err := a.IssueX509(t.Context(), audit.Origin{}, []X509Request{req})
+		if err != nil || fault.ReasonOf(svids[0].Err) != "right_expired" {
+			t.Errorf("%v, %v", svids, err)
+		}
+	})
+}

@@ -27,6 +27,7 @@ type X509Request struct {
 	PublicKey crypto.PublicKey
 	DNSNames  []string
 	TTL       time.Duration // zero: the default of the kind; longer than the cap: the cap
+	NotAfter  time.Time     // of the right itself; no certificate outlives it. Zero: no end
 	Cluster   string        // the subject's organizational unit, information only
 
 	// What the audit line says besides.
@@ -169,6 +170,13 @@ func (p *profiles) plan(req X509Request, iss *x509.Certificate, now time.Time) p
 	// Never past anything above it (X509-20); the marks are raised over it.
 	l.notBefore = latest(now.Add(-backdate).UTC().Truncate(time.Second), iss.NotBefore)
 	l.notAfter = earliest(now.Add(life).UTC().Truncate(time.Second), iss.NotAfter)
+	if end := req.NotAfter; !end.IsZero() {
+		l.notAfter = earliest(l.notAfter, end.UTC().Truncate(time.Second))
+		if !l.notAfter.After(now) {
+			l.err = fault.New(fault.Denied, "right_expired", "the right to this certificate is over")
+			return l
+		}
+	}
 	if !l.notAfter.After(now) {
 		l.err = fault.New(fault.NotReady, "issuer_expired", "the issuer ends before the certificate could be used: try again")
 		return l

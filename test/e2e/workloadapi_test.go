@@ -111,7 +111,8 @@ func TestStatusCodes(t *testing.T) {
 		row{"other case", header, "/spiffeworkloadapi/fetchx509svid", nil, codes.Unimplemented},
 		row{"trailing slash", header, api + "FetchX509SVID/", nil, codes.Unimplemented},
 		row{"oversize", header, api + "FetchX509SVID", make([]byte, 5<<20), codes.ResourceExhausted},
-		row{"malformed", header, api + "FetchX509SVID", []byte{0xff, 0xff, 0xff}, codes.InvalidArgument},
+		// gRPC answers this one by itself, before any handler sees it.
+		row{"malformed", header, api + "FetchX509SVID", []byte{0xff, 0xff, 0xff}, codes.Internal},
 	)
 	for _, r := range rows {
 		t.Run(r.method+"/"+r.name, func(t *testing.T) {
