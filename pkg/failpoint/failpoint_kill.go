@@ -5,12 +5,22 @@ package failpoint
 
 import (
 	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
 	"syscall"
 )
 
-// Hit kills the process without any clean-up if ASSAY_FAILPOINT is name.
+var hits atomic.Int64
+
+// Hit kills the process without any clean-up if ASSAY_FAILPOINT is name, or
+// name:n and this is the nth time.
 func Hit(name string) {
-	if os.Getenv("ASSAY_FAILPOINT") != name {
+	want, nth, _ := strings.Cut(os.Getenv("ASSAY_FAILPOINT"), ":")
+	if want != name {
+		return
+	}
+	if n, err := strconv.ParseInt(nth, 10, 64); err == nil && hits.Add(1) < n {
 		return
 	}
 	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
