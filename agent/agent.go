@@ -1,9 +1,16 @@
-// Package agent is the node daemon: it proves the node to a server, tells
-// processes of the node apart, and hands each its X.509-SVIDs.
+// Package agent is the daemon of a node: it proves the node to the server,
+// keeps the workloads' X.509-SVIDs fresh and serves the SPIFFE Workload API.
 //
-// Data goes one way: node has the connection to the server, cache follows the
-// server's word over it and keeps what this node may have, endpoint gives it to
-// callers whom attest has recognised. state is what survives a restart.
+// It owns the one Config and the wiring of its rooms, from the bottom up:
+//
+//	state      what must not be forgotten, in data_dir
+//	node       who this agent is, and its connection to the server
+//	cache      entries, bundle and SVIDs; survives in run_dir
+//	attest     who is calling on the socket
+//	endpoint   caller -> subscription -> message
+//
+// It trusts the server that node has verified, and nothing that a workload
+// says.
 package agent
 
 import (
@@ -11,12 +18,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-caa81108/assay/agent/attest"
@@ -31,143 +36,179 @@ import (
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
-// staleAfter is how long the agent may be without its server and still call
-// itself ready. It goes on serving either way.
-const staleAfter = 2 * time.Minute
-
-// Deps are what an agent gets from its program.
+// Deps is what an Agent gets from the program around it.
 type Deps struct {
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	Version    string
 }
 
-// Agent is one node daemon.
+// Agent is an Assay agent.
 type Agent struct {
-	cfg  Config
-	td   spiffeid.TrustDomain
-	deps Deps
-
-	cache atomic.Pointer[cache.Cache] // once Run has made it
+	cfg   Config
+	deps  Deps
+	calls *rpc.Metrics
+	rooms atomic.Pointer[rooms] // nil while not serving
 }
 
-// New checks the configuration and returns an agent that does nothing yet.
+// New checks the configuration and returns an agent. Nothing is opened or
+// started before Run.
 func New(cfg Config, deps Deps) (*Agent, error) {
 	cfg, err := cfg.Validate()
 	if err != nil {
 		return nil, err
 	}
-	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
-	if err != nil {
-		return nil, fmt.Errorf("parse trust domain: %w", err)
+	if deps.Log == nil || deps.Registerer == nil {
+		return nil, errors.New("make agent: Log and Registerer are needed")
 	}
-	return &Agent{cfg: cfg, td: td, deps: deps}, nil
+	return &Agent{cfg: cfg, deps: deps, calls: rpc.NewMetrics(deps.Registerer)}, nil
 }
 
-// Run serves until ctx ends. A ban by the server ends it too, with reason
-// agent_banned, after everything that this node could serve is forgotten.
-func (a *Agent) Run(ctx context.Context) (err error) {
-	st, err := state.Open(a.cfg.DataDir, a.td)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, st.Close()) }()
-	p, err := a.build(st)
-	if err != nil {
-		return err
-	}
-	if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
-		return err
-	}
-	lis, err := durable.ListenUnix(filepath.Join(a.cfg.Sockets.Dir, "api.sock"), 0o666)
-	if err != nil {
-		return err
-	}
-	a.cache.Store(p.cache)
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return p.endpoint.Serve(ctx, lis) })
-	g.Go(func() error { return p.cache.Run(ctx) })
-	g.Go(func() error {
-		err := p.node.Run(ctx)
-		if fault.ReasonOf(err) == "agent_banned" {
-			err = errors.Join(err, p.cache.Purge())
-		}
-		return err
-	})
-	return g.Wait()
-}
-
-// parts are the rooms of a running agent.
-type parts struct {
+// rooms are the parts of a running agent.
+type rooms struct {
+	state    *state.State
 	node     *node.Node
 	cache    *cache.Cache
 	endpoint *endpoint.Server
+	listener *durable.Listener
 }
 
-func (a *Agent) build(st *state.State) (*parts, error) {
-	prefix := "/" + a.cfg.ReservedPrefix + "/"
-	n, err := node.New(node.Options{
+// Run opens everything and serves until ctx ends. An error says what could not
+// be opened, or that the server banned this agent (agent_banned): then nothing
+// is left of its identity and certificates. An Agent runs once.
+func (a *Agent) Run(ctx context.Context) error {
+	r, err := a.open()
+	if err != nil {
+		return err
+	}
+	a.rooms.Store(r)
+	a.deps.Log.InfoContext(ctx, "serving the Workload API", slog.String("socket", a.cfg.socket()),
+		slog.String("trust_domain", a.cfg.TrustDomain))
+	err = r.serve(ctx)
+	a.rooms.Store(nil)
+	return errors.Join(err, r.state.Close())
+}
+
+// open makes the rooms in their order. What fails closes what was open.
+func (a *Agent) open() (_ *rooms, err error) {
+	r := &rooms{}
+	if r.state, err = state.Open(a.cfg.DataDir, a.cfg.trustDomain()); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = r.state.Close()
+		}
+	}()
+	log, reg := a.deps.Log, a.deps.Registerer
+	if r.node, err = node.New(node.Options{
 		Config: node.Config{
-			TrustDomain: a.td, ReservedPrefix: prefix, Addresses: a.cfg.Server.Addresses,
+			TrustDomain: a.cfg.trustDomain(), ReservedPrefix: a.cfg.prefix(), Addresses: a.cfg.Server.Addresses,
 			TrustBundle: a.cfg.TrustBundle, Pin: a.cfg.Pin, JoinTokenFile: a.cfg.JoinTokenFile, Version: a.deps.Version,
 		},
-		State: st, Log: a.deps.Log, Registerer: a.deps.Registerer,
-	})
+		State: r.state, Log: log, Registerer: reg,
+	}); err != nil {
+		return nil, err
+	}
+	if r.cache, err = cache.New(cache.Options{
+		TrustDomain: a.cfg.trustDomain(), ReservedPrefix: a.cfg.prefix(), RunDir: a.cfg.RunDir, Version: a.deps.Version,
+		State: r.state, Connector: connector{r.node}, Log: log, Registerer: reg,
+	}); err != nil {
+		return nil, err
+	}
+	attestor, err := attest.NewAttestor(attest.Options{Config: a.cfg.Attestation, Log: log})
 	if err != nil {
 		return nil, err
 	}
-	c, err := cache.New(cache.Options{
-		TrustDomain: a.td, ReservedPrefix: prefix, RunDir: a.cfg.RunDir, Version: a.deps.Version,
-		State: st, Connector: connector{n}, Log: a.deps.Log, Registerer: a.deps.Registerer,
-	})
-	if err != nil {
+	if r.endpoint, err = endpoint.New(endpoint.Config{
+		Attestor:  attestor,
+		Subscribe: func(s selector.Set) endpoint.Subscription { return r.cache.Subscribe(s) },
+		Limits:    a.cfg.Limits, Log: log, Calls: a.calls, Registerer: reg,
+	}); err != nil {
 		return nil, err
 	}
-	who, err := attest.NewAttestor(attest.Options{Config: a.cfg.Attestation, Log: a.deps.Log})
-	if err != nil {
+	if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
 		return nil, err
 	}
-	e, err := endpoint.New(endpoint.Config{
-		Attestor:  who,
-		Subscribe: func(s selector.Set) endpoint.Subscription { return c.Subscribe(s) },
-		Limits:    a.cfg.Limits, Log: a.deps.Log, Calls: rpc.NewMetrics(a.deps.Registerer), Registerer: a.deps.Registerer,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &parts{node: n, cache: c, endpoint: e}, nil
+	r.listener, err = durable.ListenUnix(a.cfg.socket(), 0o666)
+	return r, err
 }
 
-// Ready says why the agent can't do its whole work, nil if it can: it is in
-// sync with a server and what it holds has not ended.
-func (a *Agent) Ready(context.Context) error {
-	c := a.cache.Load()
-	if c == nil {
-		return fault.New(fault.NotReady, "starting", "the agent is starting")
-	}
-	s := c.Status()
-	switch {
-	case !s.Synced:
-		return fault.New(fault.NotReady, "not_synced", "the agent has not heard from its server yet")
-	case !s.Connected && time.Since(s.LastSync) > staleAfter:
-		return fault.Newf(fault.NotReady, "sync_stale", "no word from the server for %v: serving what there is", time.Since(s.LastSync).Round(time.Second))
-	case !s.EarliestNotAfter.IsZero() && time.Now().After(s.EarliestNotAfter):
-		return fault.New(fault.NotReady, "svid_expired", "an X.509-SVID has ended and could not be renewed")
-	}
-	return nil
+// serve runs the rooms until ctx ends or one of them fails.
+func (r *rooms) serve(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		err := r.node.Run(ctx)
+		if fault.ReasonOf(err) == "agent_banned" {
+			// Before the streams end, so that workloads learn that they have
+			// nothing any more.
+			return errors.Join(err, r.cache.Purge())
+		}
+		return err
+	})
+	g.Go(func() error { return r.cache.Run(ctx) })
+	g.Go(func() error { return r.endpoint.Serve(ctx, r.listener) })
+	return g.Wait()
 }
 
-// connector shows a node's connections to the cache.
+// connector lets the cache use the node's connections.
 type connector struct{ node *node.Node }
 
+// Conn implements cache.Connector.
 func (c connector) Conn(ctx context.Context) (cache.Conn, error) {
 	conn, err := c.node.Conn(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return connection{conn}, nil
+	return nodeConn{conn}, nil
 }
 
-type connection struct{ *node.Conn }
+type nodeConn struct{ *node.Conn }
 
-func (c connection) Client() agentv1.AgentClient { return c.Conn.Client }
+// Client implements cache.Conn.
+func (c nodeConn) Client() agentv1.AgentClient { return c.Conn.Client }
+
+// stale is how long the agent may be without its server before it calls itself
+// not ready. It goes on serving all the same.
+const stale = 5 * time.Minute
+
+// Ready says whether the agent can serve, and will be able to for a while:
+// nil, or why not.
+func (a *Agent) Ready(context.Context) error {
+	r := a.rooms.Load()
+	if r == nil {
+		return fault.New(fault.NotReady, "agent_starting", "the agent is starting or stopping")
+	}
+	id, attested := r.state.Identity()
+	return ready(time.Now().Round(0), attested, id, r.cache.Status(), r.listener.InPlace())
+}
+
+// ready is the rule of Ready.
+func ready(now time.Time, attested bool, id state.Identity, c cache.Status, socket bool) error {
+	switch {
+	case !socket:
+		return fault.New(fault.NotReady, "socket_missing", "the socket was removed or replaced by another one: restart the agent")
+	case !attested:
+		return fault.New(fault.NotReady, "not_attested", "the agent has not joined yet: see its log")
+	case !c.Synced:
+		return fault.New(fault.NotReady, "not_synced", "the agent has not heard from its server yet")
+	case c.Connected:
+		return nil
+	case !c.EarliestNotAfter.IsZero() && !now.Before(c.EarliestNotAfter):
+		return fault.New(fault.NotReady, "svid_expired_server_unreachable", "certificates have expired and the server can't be reached")
+	case !now.Before(id.NotAfter()):
+		return fault.New(fault.NotReady, "agent_svid_expired", "the agent's own certificate has expired and the server can't be reached")
+	case now.Sub(c.LastSync) > stale:
+		return fault.Newf(fault.NotReady, "sync_stale", "no contact with the server since %s%s",
+			c.LastSync.UTC().Format(time.RFC3339), budget(c.EarliestNotAfter))
+	}
+	return nil
+}
+
+// budget says how long serving goes on.
+func budget(earliest time.Time) string {
+	if earliest.IsZero() {
+		return ""
+	}
+	return fmt.Sprintf("; all certificates last until %s", earliest.UTC().Format(time.RFC3339))
+}

@@ -9,10 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -46,33 +44,6 @@ func kernels(t *testing.T, run func(t *testing.T, a *Attestor)) {
 			run(t, a)
 		})
 	}
-}
-
-func TestPeerIsTheProcessThatConnected(t *testing.T) { // WL-8, WL-9
-	kernels(t, func(t *testing.T, a *Attestor) {
-		s := listen(t, a)
-		c := startCaller(t, "stay", s.path, func(cmd *exec.Cmd) {
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1, Gid: 2, Groups: []uint32{3, 54321}}}
-		})
-		p, _ := s.accept(t)
-		if err := p.Check(); err != nil {
-			t.Fatal(err)
-		}
-		got := p.Caller()
-		if !got.Local || got.UID != 1 || got.GID != 2 || int(got.PID) != c.cmd.Process.Pid {
-			t.Fatalf("caller %+v", got)
-		}
-		set, err := p.Selectors(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		want := []string{"uid:1", "gid:2", "supplementary_gid:3", "supplementary_gid:54321"}
-		for _, v := range want {
-			if !set.Contains(selector.NewSet(selector.Selector{Type: "unix", Value: v})) {
-				t.Errorf("%s is missing from %v", v, set)
-			}
-		}
-	})
 }
 
 func TestCallerThatHasGone(t *testing.T) { // NEG-38, NEG-41
@@ -166,40 +137,6 @@ func receive(t *testing.T, sock int) int {
 	return fds[0]
 }
 
-func TestCallerThatHasChanged(t *testing.T) { // NEG-37, NEG-41
-	cases := map[string]func(t *testing.T) (order string){
-		"setuid": func(*testing.T) string { return "" },
-		"setgid": func(*testing.T) string { return "" },
-		"exec":   copyOfThisBinary,
-		"move":   otherCgroup,
-	}
-	for part, prepare := range cases {
-		t.Run(part, func(t *testing.T) {
-			kernels(t, func(t *testing.T, a *Attestor) {
-				order := prepare(t)
-				s := listen(t, a)
-				c := startCaller(t, part, s.path)
-				c.await("connected")
-				p, _ := s.accept(t)
-				if err := p.Check(); err != nil {
-					t.Fatal(err)
-				}
-				c.tell(order)
-				if part == "exec" {
-					until(t, "exec", func() bool { return p.Check() != nil })
-				} else {
-					c.await("done")
-				}
-				wantRefusal(t, p.Check(), fault.Denied, "caller_changed")
-				if part == "setuid" || part == "setgid" {
-					late, _ := s.acceptOf(t, c)
-					wantRefusal(t, late.Check(), fault.Denied, "caller_changed")
-				}
-			})
-		})
-	}
-}
-
 // acceptOf is for the case that the change came between connect and handshake:
 // the connection of c is dialled by a caller that changes first.
 func (s *socket) acceptOf(t *testing.T, c *caller) (*Peer, net.Conn) {
@@ -244,62 +181,6 @@ func otherCgroup(t *testing.T) string {
 	}
 	t.Fatal("this test needs root and a cgroup file system")
 	return ""
-}
-
-func TestUnresolvableCallers(t *testing.T) { // NEG-39
-	cases := map[string]struct {
-		flags   uintptr // of the namespaces that the agent is in
-		uid     uint32  // of the caller, outside
-		refused string
-	}{
-		"agent beside the caller":        {0, 1, "nil"},
-		"agent in another PID namespace": {syscall.CLONE_NEWPID | syscall.CLONE_NEWNS, 1, "caller_unresolvable"},
-		"caller's uid not mapped":        {syscall.CLONE_NEWUSER, 1, "caller_unresolvable"},
-		"caller's uid mapped":            {syscall.CLONE_NEWUSER, 0, "nil"},
-	}
-	for name, tc := range cases {
-		t.Run(name, func(t *testing.T) {
-			s := listen(t, newAttestor(t, nil))
-			startCaller(t, "stay", s.path, func(cmd *exec.Cmd) {
-				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: tc.uid, Gid: tc.uid}}
-			}).await("connected")
-			accepted, err := s.lis.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer accepted.Close()
-			file, err := accepted.(*conn).Conn.(*net.UnixConn).File()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer file.Close()
-			agent := startCaller(t, "agent", "", func(cmd *exec.Cmd) {
-				cmd.ExtraFiles = []*os.File{file}
-				cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: tc.flags}
-				if tc.flags&syscall.CLONE_NEWUSER != 0 {
-					only := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
-					cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = only, only
-				}
-			})
-			agent.await(tc.refused)
-		})
-	}
-}
-
-func TestUnmappedGroupsGiveNoSelector(t *testing.T) {
-	a := newAttestor(t, nil)
-	a.overflow.gid = 3
-	s := listen(t, a)
-	startCaller(t, "stay", s.path, func(cmd *exec.Cmd) {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1, Gid: 2, Groups: []uint32{3, 4}}}
-	})
-	p, _ := s.accept(t)
-	if err := p.Check(); err != nil {
-		t.Fatal(err)
-	}
-	if got := p.facts.process.Groups; !slices.Equal(got, []uint32{4}) {
-		t.Fatalf("groups %v", got)
-	}
 }
 
 func TestConnectionsOfOneProcessShareItsDescriptors(t *testing.T) {

@@ -56,7 +56,7 @@ func probeKernel() (kernel, error) {
 	defer unix.Close(self)
 	k.info = getInfo(self, new(pidfdInfo)) == nil
 	var fs unix.Statfs_t
-	k.pidfs = unix.Fstatfs(self, &fs) == nil && int64(fs.Type) == unix.PID_FS_MAGIC && wideInodes
+	k.pidfs = unix.Fstatfs(self, &fs) == nil && int64(fs.Type) == unix.PID_FS_MAGIC && wideInodes //nolint:unconvert // Type is an int32 on some architectures
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return k, fmt.Errorf("make a socket pair: %w", err)

@@ -169,11 +169,11 @@ func TestAcknowledgement(t *testing.T) {
 			w.rotate()
 			w.send(s)
 			w.want(2, time.Time{})
-			n := len(w.f.acks)
+			n := len(w.f.seen().acks)
 			w.a.conns.replace()
 			synctest.Wait()
-			if len(w.f.acks) != n+1 {
-				w.t.Errorf("%d acknowledgements on the new connection", len(w.f.acks)-n)
+			if len(w.f.seen().acks) != n+1 {
+				w.t.Errorf("%d acknowledgements on the new connection", len(w.f.seen().acks)-n)
 			}
 			w.want(2, time.Time{})
 		}},

@@ -156,14 +156,14 @@ func TestHintAndSelectorChangesNeedNoNewSignature(t *testing.T) {
 		}
 		f.set(entry("1", "web", "unix:uid:2"))
 		synctest.Wait()
-		if len(f.signed) != 1 {
-			t.Errorf("signed %v", f.signed)
+		if len(f.seen().signed) != 1 {
+			t.Errorf("signed %v", f.seen().signed)
 		}
 		for i, resign := range []func(*agentv1.Entry){ttl(time.Minute), func(e *agentv1.Entry) { e.DnsNames = []string{"a.example"} }} {
 			f.set(changed(e, resign))
 			synctest.Wait()
-			if len(f.signed) != 2+i {
-				t.Errorf("change %d: signed %v", i, f.signed)
+			if len(f.seen().signed) != 2+i {
+				t.Errorf("change %d: signed %v", i, f.seen().signed)
 			}
 		}
 	})
@@ -208,9 +208,7 @@ func TestSignatureForTheOldFormOfAnEntryIsDropped(t *testing.T) {
 		s := a.cache.Subscribe(sel("unix:uid:1"))
 		defer s.Close()
 		synctest.Wait()
-		f.bad = func(spiffeid.ID, [][]byte) [][]byte { // signed under the old name
-			return nil
-		}
+		f.with(func() { f.bad = func(spiffeid.ID, [][]byte) [][]byte { return nil } })
 		f.set(entry("1", "new", "unix:uid:1"))
 		f.remove("2")
 		synctest.Wait()
@@ -271,8 +269,8 @@ func TestEntriesThatCantBeServedAreLeftOut(t *testing.T) {
 		s := a.cache.Subscribe(sel("unix:uid:1"))
 		defer s.Close()
 		wantPaths(t, s, "web")
-		if !slices.Equal(f.signed, []string{"good"}) {
-			t.Errorf("signed %v", f.signed)
+		if !slices.Equal(f.seen().signed, []string{"good"}) {
+			t.Errorf("signed %v", f.seen().signed)
 		}
 		// One that becomes bad is not served as it was before.
 		f.set(changed(entry("good", "web", "unix:uid:1"), bad["an agent"]))
@@ -351,7 +349,7 @@ func TestRefusedEntryIsTriedAgainWithGrowingPauses(t *testing.T) {
 		defer s.Close()
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if n := len(f.signed); n < 50 || n > 400 {
+		if n := len(f.seen().signed); n < 50 || n > 400 {
 			t.Errorf("%d attempts in an hour", n)
 		}
 		wantPaths(t, s, "!svid_pending")
@@ -369,26 +367,24 @@ func TestWaitingWorkloadGoesBeforePrefetch(t *testing.T) {
 		f.set(list...)
 		a.start()
 		synctest.Wait()
-		calls := func() int { f.mu.Lock(); defer f.mu.Unlock(); return len(f.batches) }
+		calls := func() int { return len(f.seen().batches) }
 		if n := calls(); n != 4 {
 			t.Fatalf("%d calls in flight", n)
 		}
 		// Whatever is not under way yet comes behind one that is asked for.
 		target := 9_999
-		for slices.Contains(f.signed, fmt.Sprintf("%05d", target)) {
+		for slices.Contains(f.seen().signed, fmt.Sprintf("%05d", target)) {
 			target--
 		}
 		s := a.cache.Subscribe(sel(fmt.Sprintf("unix:uid:%d", target), "unix:gid:1"))
 		defer s.Close()
 		synctest.Wait()
-		f.mu.Lock()
-		last := f.batches[len(f.batches)-1]
-		n := len(f.batches)
-		f.mu.Unlock()
+		batches := f.seen().batches
+		last, n := batches[len(batches)-1], len(batches)
 		if n != 5 || !slices.Equal(last, []string{fmt.Sprintf("%05d", target)}) {
 			t.Errorf("%d calls, the last for %v", n, last)
 		}
-		for _, batch := range f.batches {
+		for _, batch := range f.seen().batches {
 			if len(batch) > 50 {
 				t.Errorf("a batch of %d", len(batch))
 			}
@@ -429,10 +425,10 @@ func TestRenewsForDaysWithANewKeyEachTime(t *testing.T) {
 				if renewals < c.fewest || renewals > c.most {
 					t.Errorf("%d renewals in %v", renewals, c.span)
 				}
-				if len(f.keys) < renewals {
-					t.Errorf("%d keys", len(f.keys))
+				if len(f.seen().keys) < renewals {
+					t.Errorf("%d keys", len(f.seen().keys))
 				}
-				for key, n := range f.keys {
+				for key, n := range f.seen().keys {
 					if n > 1 {
 						t.Fatalf("key %s was certified %d times", key, n)
 					}
@@ -519,7 +515,7 @@ func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
 		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
 		synctest.Wait()
 		f.with(func() { f.signer = next })
-		start, before := time.Now(), len(f.signed)
+		start, before := time.Now(), len(f.seen().signed)
 		f.changeBundle(func() { old.tainted = true })
 		synctest.Wait()
 		for _, svid := range must(s.Snapshot()).SVIDs {
@@ -527,14 +523,14 @@ func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
 				t.Fatalf("%v is still under the old root", svid.ID)
 			}
 		}
-		if time.Since(start) > 0 || len(f.signed)-before != 100 {
-			t.Errorf("%d signatures in %v", len(f.signed)-before, time.Since(start))
+		if time.Since(start) > 0 || len(f.seen().signed)-before != 100 {
+			t.Errorf("%d signatures in %v", len(f.seen().signed)-before, time.Since(start))
 		}
 		// The server's own root gets tainted without a successor.
-		before = len(f.signed)
+		before = len(f.seen().signed)
 		f.changeBundle(func() { next.tainted = true })
 		time.Sleep(10 * time.Minute)
-		if n := len(f.signed) - before; n < 200 || n > 10_000 {
+		if n := len(f.seen().signed) - before; n < 200 || n > 10_000 {
 			t.Errorf("%d signatures", n)
 		}
 	})
@@ -554,12 +550,12 @@ func TestResumesWhereItWas(t *testing.T) {
 		f.remove("1")
 		f.start()
 		awaitPaths(t, s, "b", "c", "d")
-		h := f.hellos[len(f.hellos)-1]
+		h := last(f.seen().hellos)
 		if h.GetEpoch() != "epoch-1" || h.GetRevision() != 1 || h.GetBundleSequence() != 1 || h.GetAgentVersion() != "test" {
 			t.Errorf("hello: %v", h)
 		}
-		if len(f.signed) != 4 {
-			t.Errorf("signed %v", f.signed)
+		if len(f.seen().signed) != 4 {
+			t.Errorf("signed %v", f.seen().signed)
 		}
 		// Another store: all anew.
 		f.stop()
@@ -575,7 +571,7 @@ func TestResumesWhereItWas(t *testing.T) {
 		a.attest("two")
 		a.start()
 		synctest.Wait()
-		if h := f.hellos[len(f.hellos)-1]; h.GetEpoch() != "" || h.GetRevision() != 0 {
+		if h := last(f.seen().hellos); h.GetEpoch() != "" || h.GetRevision() != 0 {
 			t.Errorf("hello of another agent: %v", h)
 		}
 	})
@@ -588,8 +584,8 @@ func TestReplacedConnectionIsLeftAtOnce(t *testing.T) {
 		a.conns.replace()
 		synctest.Wait()
 		start := time.Now()
-		if len(f.hellos) != 2 || len(f.streams) != 1 {
-			t.Errorf("%d hellos, %d streams", len(f.hellos), len(f.streams))
+		if len(f.seen().hellos) != 2 || f.seen().streams != 1 {
+			t.Errorf("%d hellos, %d streams", len(f.seen().hellos), f.seen().streams)
 		}
 		f.set(entry("1", "web", "unix:uid:1"))
 		synctest.Wait()
@@ -687,7 +683,7 @@ func TestErrorsOfWholeBatchesAreTriedAgainSoon(t *testing.T) {
 		defer s.Close()
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if n := len(f.batches); n < 8 || n > 100 {
+		if n := len(f.seen().batches); n < 8 || n > 100 {
 			t.Errorf("%d attempts in a minute", n)
 		}
 		f.with(func() { f.broken = nil })

@@ -170,6 +170,25 @@ func (f *fake) with(do func()) {
 	do()
 }
 
+// seen is what the server was told and asked for.
+type seen struct {
+	signed  []string
+	batches [][]string
+	hellos  []*agentv1.SyncRequest_Hello
+	acks    []*agentv1.SyncRequest_Ack
+	keys    map[string]int
+	streams int
+}
+
+func (f *fake) seen() seen {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return seen{
+		signed: slices.Clone(f.signed), batches: slices.Clone(f.batches), hellos: slices.Clone(f.hellos),
+		acks: slices.Clone(f.acks), keys: maps.Clone(f.keys), streams: len(f.streams),
+	}
+}
+
 func (f *fake) bundle() *agentv1.TrustBundle {
 	b := &agentv1.TrustBundle{TrustDomain: td.Name(), Sequence: f.sequence}
 	for _, a := range f.bundled {
@@ -633,3 +652,5 @@ func stateBundle(f *fake) (*state.Bundle, error) {
 	}
 	return state.NewBundle(td, f.sequence, true, roots)
 }
+
+func last[T any](list []T) T { return list[len(list)-1] }

@@ -1,6 +1,8 @@
 package cache
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -57,10 +59,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		connected = 1
 	}
 	gauge(m.connected, connected)
-	unix := func(t interface {
-		IsZero() bool
-		Unix() int64
-	}) float64 {
+	unix := func(t time.Time) float64 {
 		if t.IsZero() {
 			return 0
 		}

@@ -66,7 +66,7 @@ func TestServesAfterAKillDuringAnOutage(t *testing.T) {
 		f.start()
 		f.with(func() { clear(f.refuse) })
 		awaitPaths(t, s, "web", "db")
-		if h := f.hellos[len(f.hellos)-1]; h.GetRevision() != f.revision {
+		if h := last(f.seen().hellos); h.GetRevision() != f.revision {
 			t.Errorf("did not resume: %v", h)
 		}
 		if after := must(s.Snapshot()); !bytes.Equal(after.SVIDs[0].KeyDER, before.SVIDs[0].KeyDER) {

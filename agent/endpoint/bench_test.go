@@ -202,7 +202,7 @@ func serveEmpty(b *testing.B, resp *workload.X509SVIDResponse) string {
 // BenchmarkIdleStreams reports what an open stream costs while nothing happens.
 func BenchmarkIdleStreams(b *testing.B) {
 	ca := newAuthority(b)
-	const streams = 5000
+	const streams = 10_000
 	for _, kind := range []string{"agent", "empty"} {
 		for _, conns := range []int{10, streams} {
 			b.Run(fmt.Sprintf("%s/streams=%d/conns=%d", kind, streams, conns), func(b *testing.B) {

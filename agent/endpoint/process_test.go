@@ -17,7 +17,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 )
@@ -162,39 +161,4 @@ func receive(t *testing.T, sock int) *os.File {
 		t.Fatal(err)
 	}
 	return os.NewFile(uintptr(fds[0]), "stolen")
-}
-
-func TestChangedCallerGetsNothing(t *testing.T) { // NEG-41, WL-26
-	ca := newAuthority(t)
-	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
-	c := startClient(t, "setuid", e.path)
-	c.await("received")
-	c.tell("")
-	c.await("done")
-	rotated := ca.snapshot(ca.svid("/a", ""))
-	e.source.set(rotated, nil)
-	if got, want := c.await("ended"), fmt.Sprint(codes.PermissionDenied, " caller_changed"); got != want {
-		t.Fatalf("got %s, want %s", got, want)
-	}
-	if e.source.wasSent(rotated) {
-		t.Fatal("the rotated key was delivered")
-	}
-}
-
-func TestUsersAreToldApart(t *testing.T) { // WL-9
-	ca := newAuthority(t)
-	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
-	for _, uid := range []uint32{0, 77} {
-		c := startClient(t, "stay", e.path, func(cmd *exec.Cmd) {
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
-		})
-		c.await("received")
-		e.source.mu.Lock()
-		got := e.source.selectors.Key()
-		e.source.mu.Unlock()
-		if want := fmt.Sprintf("uid:%d\x00", uid); !bytes.Contains([]byte(got), []byte(want)) {
-			t.Fatalf("uid %d subscribed to %q", uid, got)
-		}
-		c.tell("")
-	}
 }

@@ -42,6 +42,8 @@ type Subscription interface {
 	Close()
 }
 
+var _ Subscription = (*cache.Subscription)(nil)
+
 // Config is what New needs.
 type Config struct {
 	Attestor *attest.Attestor

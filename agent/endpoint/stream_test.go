@@ -3,7 +3,9 @@ package endpoint
 import (
 	"context"
 	"crypto/x509"
+	"fmt"
 	"io"
+	"os"
 	"testing"
 	"time"
 
@@ -74,7 +76,7 @@ func TestCallerIsSubscribedByItsSelectors(t *testing.T) { // WL-8, WL-9
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
 	recv(t, fetch(t, e.client(), withHeader(t)))
-	if !e.source.selectors.Contains(selector.NewSet(selector.Selector{Type: "unix", Value: "uid:0"})) {
+	if !e.source.selectors.Contains(selector.NewSet(selector.Selector{Type: "unix", Value: fmt.Sprintf("uid:%d", os.Getuid())})) {
 		t.Fatalf("subscribed to %v", e.source.selectors)
 	}
 }

@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -84,9 +85,9 @@ func (a *authority) pin() string {
 
 // record is what the fake server knows about an agent.
 type record struct {
-	active, pending             string // serials
-	activeKey, pendingKey, rest string // hashes of keys
-	banned                      bool
+	active, pending       string // serials
+	activeKey, pendingKey string // hashes of keys
+	banned                bool
 }
 
 // fake is a server with real TLS, real certificates and the rules of the real
@@ -477,4 +478,22 @@ func (h *host) identity() state.Identity {
 func leafFor(a *authority, id string) []byte {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	return a.sign(spiffeid.RequireFromString(id), &key.PublicKey, agentTTL).Raw
+}
+
+// logBuffer is a log that can be read while it is written.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }

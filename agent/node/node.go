@@ -170,8 +170,8 @@ func (n *Node) retry(ctx context.Context, what, step string, do func(context.Con
 			level = slog.LevelError // somebody has to look at this
 		}
 		pause := wait.Next()
-		n.log.LogAttrs(ctx, level, "could not "+what, slog.String("reason", fault.ReasonOf(err)),
-			slog.String("error", err.Error()), slog.Duration("retry_in", pause))
+		n.log.LogAttrs(ctx, level, "step failed, trying again", slog.String("step", what),
+			slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()), slog.Duration("retry_in", pause))
 		if err := schedule.Sleep(ctx, pause); err != nil {
 			return err
 		}

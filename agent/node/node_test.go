@@ -1,7 +1,6 @@
 package node_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/pem"
 	"net"
@@ -181,7 +180,7 @@ func TestLostReplyToAttestIsAskedForAgainWithTheSameKey(t *testing.T) {
 
 func TestRefusedTokenIsLoggedAndANewOneIsTaken(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, h *host) {
-		var log bytes.Buffer
+		var log logBuffer
 		h.logTo = &log
 		h.putToken("wrong")
 		h.start()
@@ -242,7 +241,7 @@ func TestRenewsForDaysWithNewKeysAndWithoutAGap(t *testing.T) {
 				select {
 				case <-c.Replaced():
 					replaced = true
-				case <-time.After(time.Minute):
+				case <-time.After(10 * time.Minute):
 				}
 			}
 			// Make before break: its successor is there, and this one still
@@ -524,7 +523,7 @@ func TestBanEndsTheAgent(t *testing.T) {
 
 func TestOlderBundleInAnAttestationIsRefused(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, h *host) {
-		var log bytes.Buffer
+		var log logBuffer
 		h.logTo = &log
 		f.sequence = 9
 		h.start()

@@ -75,7 +75,8 @@ func tighten(dir string) error {
 	if info.Mode().Perm()&0o077 == 0 {
 		return nil
 	}
-	if err := os.Chmod(dir, 0o700); err != nil && !errors.Is(err, fs.ErrPermission) {
+	err = os.Chmod(dir, 0o700) //nolint:gosec // G302: it is a directory
+	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("restrict %s: %w", dir, err)
 	}
 	return nil

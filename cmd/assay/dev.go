@@ -128,13 +128,8 @@ func (d *dev) run(ctx context.Context) error {
 	below, stopServer := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopServer()
 	group.Go(func() error {
-		if err := srv.Run(below); err != nil {
-			return err
-		}
-		if below.Err() == nil {
-			return errors.New("run server: ended by itself")
-		}
-		return nil
+		err := srv.Run(below)
+		return devEnded("server", err, below.Err() != nil, isClosed(srv.Started()))
 	})
 	group.Go(func() error {
 		defer stopServer()
@@ -146,6 +141,29 @@ func (d *dev) run(ctx context.Context) error {
 		}
 	})
 	return group.Wait()
+}
+
+// devEnded judges how a daemon ended. One that is told to stop while it starts
+// may say that it was interrupted, which is no error here.
+func devEnded(name string, err error, stopped, served bool) error {
+	switch {
+	case stopped && !served:
+		return nil
+	case err != nil:
+		return err
+	case !stopped:
+		return fmt.Errorf("run %s: it ended by itself", name)
+	}
+	return nil
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 func (d *dev) newServer() (*server.Server, error) {
@@ -187,13 +205,8 @@ func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
 	}
 	group, inner := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		if err := ag.Run(inner); err != nil {
-			return err
-		}
-		if inner.Err() == nil {
-			return errors.New("run agent: ended by itself")
-		}
-		return nil
+		err := ag.Run(inner)
+		return devEnded("agent", err, inner.Err() != nil, ag.Ready(inner) == nil)
 	})
 	group.Go(func() error {
 		id, err := joined(inner, s, ag)

@@ -192,7 +192,7 @@ func TestRejoin(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := start(t, t.TempDir())
 				agent := join(t, s.Registry, key(1))
-				begin := now(time.UnixMilli(time.Now().UnixMilli()))
+				begin := time.UnixMilli(time.Now().UnixMilli())
 				c.prepare(t, s.Registry, agent)
 				s = s.restart(t, func(o *registry.Options) { o.RejoinWindow = c.window })
 				err := s.Rejoinable(agent, key(c.key), begin.Add(c.at))

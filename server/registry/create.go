@@ -77,7 +77,7 @@ func (r *Registry) drafts(list []Entry, results []EntryResult) (drafts []*draft,
 			results[i].Err = err
 			continue
 		}
-		if there, ok := r.mirror.similarTo(&d.entry, d.similar); ok {
+		if there, ok := r.mirror.similarTo(d.similar); ok {
 			results[i] = exists(there.Entry)
 			continue
 		}

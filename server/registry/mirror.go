@@ -301,7 +301,7 @@ func (m *mirror) entry(id string) (*item, bool) {
 
 // similarTo returns the entry with the same SPIFFE ID, parent and selectors.
 // Not finding one proves nothing; the index record in the store decides.
-func (m *mirror) similarTo(e *Entry, s similarity) (*item, bool) {
+func (m *mirror) similarTo(s similarity) (*item, bool) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	it := m.similar[s.short()]

@@ -87,7 +87,10 @@ func BenchmarkCommitWatched(b *testing.B) {
 			s := benchStore(b, b.TempDir())
 			for range watchers {
 				go func() {
-					for range s.Watch(b.Context(), "other/", 1) {
+					for _, err := range s.Watch(b.Context(), "other/", 1) {
+						if err != nil {
+							return // the benchmark is over
+						}
 					}
 				}()
 			}

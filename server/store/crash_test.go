@@ -48,8 +48,10 @@ func commitForEver(dir string) error {
 		n++
 		value := []byte(strconv.Itoa(n))
 		_, err := b.Commit(ctx, nil, []Write{
-			{Key: "one", Value: value}, {Key: "two", Value: value},
-			{Key: fmt.Sprint("at/", n), Value: bytes.Repeat(value, n%700)}, {Key: fmt.Sprint("at/", n-1), Delete: true},
+			{Key: "one", Value: value},
+			{Key: "two", Value: value},
+			{Key: fmt.Sprint("at/", n), Value: bytes.Repeat(value, n%700)},
+			{Key: fmt.Sprint("at/", n-1), Delete: true},
 		})
 		if err != nil {
 			return err

@@ -13,8 +13,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/test/harness"
 )
@@ -50,7 +52,11 @@ func (c *workloadClient) fetch() error {
 	return err
 }
 
-const samples = 40
+const (
+	samples = 40
+	// quiet is longer than the server gathers changes that follow each other.
+	quiet = 30 * time.Millisecond
+)
 
 // propagation measures from the call that creates an entry to the SVID in the
 // workload's hands.
@@ -80,8 +86,10 @@ func (b *bench) propagation(s *harness.Site, a *harness.Agent) {
 		open = append(open, time.Since(begin))
 		admin.remove(id)
 		await(1)
+		time.Sleep(quiet) // else each change follows another
 	}
 	admin.remove(keep)
+	b.awaitDenied(c)
 	b.add("new entry to SVID in an open stream, p50", ms(quantile(open, .5)), "", "", "<= 20 ms")
 	b.add("new entry to SVID in an open stream, p99", ms(quantile(open, .99)), "", "", "<= 100 ms")
 
@@ -100,7 +108,7 @@ func (b *bench) heldWatcher(a *harness.Agent, admin *adminClient, i int) time.Du
 	wg.Go(func() {
 		_ = workloadapi.WatchX509Context(ctx, &firstUpdate{arrived}, workloadapi.WithAddr(a.Endpoint()))
 	})
-	time.Sleep(300 * time.Millisecond) //nolint:forbidigo // the watcher has to be held when the entry comes
+	time.Sleep(300 * time.Millisecond) // the watcher has to be held when the entry comes
 	begin := time.Now()
 	id := admin.create(a.ID, fmt.Sprintf("spiffe://example.org/h/%d", i))
 	var took time.Duration
@@ -113,7 +121,21 @@ func (b *bench) heldWatcher(a *harness.Agent, admin *adminClient, i int) time.Du
 	cancel()
 	wg.Wait()
 	admin.remove(id)
+	b.awaitDenied(b.workload(a.Endpoint()))
 	return took
+}
+
+// awaitDenied returns when the agent knows that there is nothing for us.
+func (b *bench) awaitDenied(c *workloadClient) {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		ctx, cancel := context.WithTimeout(c.ctx, quiet)
+		err := (&workloadClient{api: c.api, ctx: ctx}).fetch()
+		cancel()
+		if status.Code(err) == codes.PermissionDenied {
+			return
+		}
+	}
+	b.Fatalf("a removed entry is still served")
 }
 
 type firstUpdate struct{ arrived chan time.Time }
@@ -139,7 +161,7 @@ func (b *bench) fetching(s *harness.Site, a *harness.Agent) {
 	b.Cleanup(func() { _ = limit.Signal(syscall.SIGTERM); _, _ = limit.Wait() })
 	l := b.workload("unix://" + socket)
 	for l.fetch() != nil {
-		time.Sleep(10 * time.Millisecond) //nolint:forbidigo // until the child listens
+		time.Sleep(10 * time.Millisecond) // until the child listens
 	}
 	goals := map[int][2]string{1: {">= 4.5 k/s", "<= 0.14 ms"}, 64: {">= 23.6 k/s", "<= 0.06 ms"}}
 	for _, clients := range []int{1, 64} {

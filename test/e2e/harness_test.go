@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 		buildRoot = dir
 		return m.Run()
 	}()
-	os.Exit(code) //nolint:forbidigo // TestMain is the main of a test
+	os.Exit(code)
 }
 
 func (b *binaries) built(t testing.TB) string {

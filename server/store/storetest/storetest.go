@@ -228,8 +228,12 @@ func preconditions(t *testing.T, open func() store.KV) {
 		t.Errorf("a true precondition was refused: %v", err)
 	}
 	for _, p := range []store.Precondition{
-		{Key: "a", Revision: first}, {Key: "a", Revision: second + 1}, {Key: "a"}, {Key: "b", Revision: first},
-		{Key: "absent", Revision: second}, {Key: "absent", Revision: 1},
+		{Key: "a", Revision: first},
+		{Key: "a", Revision: second + 1},
+		{Key: "a"},
+		{Key: "b", Revision: first},
+		{Key: "absent", Revision: second},
+		{Key: "absent", Revision: 1},
 	} {
 		wantKind(t, try(p.Key, p.Revision), fault.Conflict)
 	}

@@ -1,0 +1,66 @@
+package test
+
+import (
+	"bytes"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// files calls do with each Go file of the project that matches suffix.
+func files(t *testing.T, suffix string, do func(path string, content []byte)) {
+	t.Helper()
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == "out" || d.Name() == ".git" || d.Name() == "bin"):
+			return filepath.SkipDir
+		case d.IsDir() || !strings.HasSuffix(path, suffix):
+			return nil
+		}
+		content, err := os.ReadFile(path)
+		if err == nil {
+			do(path, content)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A sleep in a test is a guess about other people's machines, except in a
+// synctest bubble, where it takes no time.
+func TestSleepsAreInBubbles(t *testing.T) {
+	files(t, "_test.go", func(path string, content []byte) {
+		if bytes.Contains(content, []byte("time."+"Sleep(")) && !bytes.Contains(content, []byte(`"testing/synctest"`)) {
+			t.Errorf("%s sleeps and has no synctest bubble", path)
+		}
+	})
+}
+
+// Every test that is written runs.
+func TestNothingIsSkipped(t *testing.T) {
+	files(t, "_test.go", func(path string, content []byte) {
+		for _, skip := range []string{"t.Skip" + "(", "t.Skip" + "f(", "t.Skip" + "Now(", "b.Skip" + "("} {
+			if bytes.Contains(content, []byte(skip)) {
+				t.Errorf("%s calls %s", path, skip)
+			}
+		}
+	})
+}
+
+func TestFilesStayReadable(t *testing.T) {
+	const most = 600
+	files(t, ".go", func(path string, content []byte) {
+		if strings.HasSuffix(path, ".pb.go") || strings.HasSuffix(path, "_test.go") {
+			return
+		}
+		if n := bytes.Count(content, []byte("\n")); n > most {
+			t.Errorf("%s has %d lines, at most %d are readable", path, n, most)
+		}
+	})
+}
