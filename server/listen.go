@@ -124,7 +124,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 	spireagentv1.RegisterAgentServer(admin, api.NewAgentAdmin(td, r.registry, r.audit, s.cfg.Attestation.JoinToken.MaxTTL))
 	bundlev1.RegisterBundleServer(admin, api.NewBundleService(r.authority))
 	adminv1.RegisterAdminServer(admin, api.NewAdminService(api.AdminServiceConfig{
-		TrustDomain: td, Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
+		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
 	}))
 	reflection.Register(admin)
 	return agents, admin, nil

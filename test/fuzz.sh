@@ -6,6 +6,6 @@ each=${1:-10s}
 grep -rlE '^func Fuzz[A-Z]' --include='*_test.go' . | xargs -n1 dirname | sort -u | while read -r dir; do
 	grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$dir"/*_test.go | sed 's/^func //' | sort -u | while read -r target; do
 		echo "--- $dir $target"
-		go test "$dir" -run '^$' -fuzz "^$target\$" -fuzztime "$each" </dev/null
+		go test "$dir" -run '^$' -fuzz "^$target\$" -fuzztime "$each" -fuzzminimizetime 10x </dev/null
 	done
 done

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -349,8 +351,14 @@ func TestRefusedEntryIsTriedAgainWithGrowingPauses(t *testing.T) {
 		defer s.Close()
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if n := len(f.seen().signed); n < 50 || n > 400 {
+		n := len(f.seen().signed)
+		if n < 50 || n > 400 {
 			t.Errorf("%d attempts in an hour", n)
+		}
+		want := fmt.Sprintf("# HELP assay_agent_sign_failures_total X.509-SVIDs that the server did not sign when asked, by reason.\n"+
+			"# TYPE assay_agent_sign_failures_total counter\nassay_agent_sign_failures_total{reason=\"entry_not_authorized\"} %d\n", n)
+		if err := testutil.GatherAndCompare(a.reg, strings.NewReader(want), "assay_agent_sign_failures_total"); err != nil {
+			t.Error(err)
 		}
 		wantPaths(t, s, "!svid_pending")
 	})
@@ -620,6 +628,27 @@ func TestRolledBackBundleIsRefusedWithTheMessageThatBroughtIt(t *testing.T) {
 		}
 		f.with(func() { f.sequence = 6 })
 		awaitPaths(t, s, "!no_identity")
+	})
+}
+
+// A change to a view that the agent does not have is no view.
+func TestChangeOfAnotherEpochIsNotApplied(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		f.with(func() {
+			f.push(&agentv1.SyncResponse{Epoch: "other", Revision: 99, RemovedEntryIds: []string{"1"}, Entries: []*agentv1.Entry{entry("2", "x", "unix:uid:1")}})
+		})
+		synctest.Wait()
+		wantPaths(t, s, "web")
+		time.Sleep(10 * time.Second)
+		if h := last(f.seen().hellos); h.GetEpoch() != "" || h.GetRevision() != 0 {
+			t.Errorf("hello: %v", h)
+		}
+		wantPaths(t, s, "web")
 	})
 }
 

@@ -124,17 +124,12 @@ func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Co
 	return resp, nil
 }
 
-// requestID rides along with an error to its printing.
-type requestID string
-
-func (r requestID) Error() string { return "request_id " + string(r) }
-
 // callError turns what a call returned into a fault that says what to do: the
 // peer's own words if it answered, else why it can't be reached.
 func callError(ctx context.Context, err error, what, network, address string) error {
 	st, _ := status.FromError(err)
-	if id, ours := answered(st); ours {
-		return errors.Join(fault.FromStatus(err), requestID(id))
+	if answered(st) {
+		return fault.FromStatus(err)
 	}
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):
@@ -147,15 +142,14 @@ func callError(ctx context.Context, err error, what, network, address string) er
 	return fault.FromStatus(err)
 }
 
-// answered says whether a status was made by an Assay daemon, and with which
-// request id.
-func answered(st *status.Status) (id string, ours bool) {
+// answered says whether a status was made by an Assay daemon.
+func answered(st *status.Status) bool {
 	for _, d := range st.Details() {
 		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == fault.Domain {
-			return info.GetMetadata()["request_id"], true
+			return true
 		}
 	}
-	return "", false
+	return false
 }
 
 // reachable tries the peer's address once, to say what is wrong with it.

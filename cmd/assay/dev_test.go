@@ -128,7 +128,7 @@ func TestTokenOfTheToolIsTheAgentsName(t *testing.T) {
 	}
 	// The agent that dev has started joined with that token, so its name shows
 	// that tool and server derive names alike.
-	if want := tokenAgentID(mustTrustDomain(t), strings.TrimSpace(string(token))); d.shape.AgentID != want {
+	if want := tokenAgentID(mustTrustDomain(t), "/assay/", strings.TrimSpace(string(token))); d.shape.AgentID != want {
 		t.Errorf("agent %s, want %s", d.shape.AgentID, want)
 	}
 	if made.AgentID == d.shape.AgentID || len(made.Pin) != 64 {

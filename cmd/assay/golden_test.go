@@ -55,7 +55,7 @@ func selectors(pairs ...string) []*types.Selector {
 func populated(p *pki) *fakeServer {
 	return &fakeServer{
 		status: &adminv1.StatusResponse{
-			TrustDomain: "example.org", Version: "v0.1.0",
+			TrustDomain: "example.org", ReservedPrefix: "/assay/", Version: "v0.1.0",
 			StartedAt: at("2026-11-22T20:00:00Z"), ServerTime: at("2026-11-23T10:30:00Z"),
 			Revision: 4711, BundleSequence: 5,
 			Authorities: []*adminv1.Authority{

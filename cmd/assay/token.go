@@ -11,8 +11,6 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
-	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
-	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
@@ -88,17 +86,13 @@ func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenSh
 	if secs == 0 {
 		return tokenShape{}, usageError("--ttl must be at least one second")
 	}
-	bundle, err := ask(ctx, s, s.bundles.GetBundle, &spirebundle.GetBundleRequest{OutputMask: &types.BundleMask{}})
-	if err != nil {
-		return tokenShape{}, err
-	}
-	td, err := spiffeid.TrustDomainFromString(bundle.GetTrustDomain())
-	if err != nil {
-		return tokenShape{}, badAnswer("a valid trust domain")
-	}
 	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
 	if err != nil {
 		return tokenShape{}, err
+	}
+	td, err := spiffeid.TrustDomainFromString(state.GetTrustDomain())
+	if err != nil || state.GetReservedPrefix() == "" {
+		return tokenShape{}, badAnswer("a valid trust domain and its reserved prefix")
 	}
 	pin, err := activePin(state.GetAuthorities())
 	if err != nil {
@@ -112,16 +106,16 @@ func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenSh
 		return tokenShape{}, badAnswer("the token")
 	}
 	return tokenShape{
-		Token: token.GetValue(), AgentID: tokenAgentID(td, token.GetValue()),
+		Token: token.GetValue(), AgentID: tokenAgentID(td, state.GetReservedPrefix(), token.GetValue()),
 		Pin: pin, ExpiresAt: time.Unix(token.GetExpiresAt(), 0).UTC(),
 	}, nil
 }
 
 // tokenAgentID is the ID that redeeming a token gives (design section 2). It
 // tells who made which agent without telling the token.
-func tokenAgentID(td spiffeid.TrustDomain, token string) string {
+func tokenAgentID(td spiffeid.TrustDomain, prefix, token string) string {
 	sum := sha256.Sum256([]byte(token))
-	return "spiffe://" + td.Name() + "/assay/agent/join_token/" + hex.EncodeToString(sum[:16])
+	return "spiffe://" + td.Name() + prefix + "agent/join_token/" + hex.EncodeToString(sum[:16])
 }
 
 func activePin(authorities []*adminv1.Authority) (string, error) {

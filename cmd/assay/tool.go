@@ -42,31 +42,11 @@ func run(ctx context.Context, e env, args []string) int {
 	if !t.started {
 		err = usageError(describe(err).Message)
 	}
-	return t.fail(err)
+	return daemon.Fail(t.stderr, string(t.format), err)
 }
 
 // usageError is a command line that can't be run: exit 64.
 func usageError(text string) error { return fault.New(fault.Invalid, "usage", text) }
-
-// fail prints err as one line, text or JSON, and returns its exit code.
-func (t *tool) fail(err error) int {
-	doc := errorDocument{Error: describe(err)}
-	if t.format == formatJSON {
-		_ = writeJSON(t.stderr, doc) // with stderr gone nobody can be told
-		return daemon.ExitCode(err)
-	}
-	line := "error: " + doc.Error.Reason + ": " + doc.Error.Message
-	if doc.Error.RequestID != "" {
-		line += " (request_id=" + doc.Error.RequestID + ")"
-	}
-	_, _ = io.WriteString(t.stderr, oneLine(line)+"\n")
-	return daemon.ExitCode(err)
-}
-
-// errorDocument is what -o json prints on standard error when a command fails.
-type errorDocument struct {
-	Error errorShape `json:"error"`
-}
 
 // errorShape is one failure: Code is the kind ("not_found"), Reason the stable
 // code to match on, Message for people, RequestID what to look for in the log
@@ -81,13 +61,9 @@ type errorShape struct {
 // describe tells the cause too: there is no other log than this terminal, and
 // no peer to hide it from.
 func describe(err error) errorShape {
-	shape := errorShape{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: err.Error()}
+	shape := errorShape{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: err.Error(), RequestID: fault.RequestIDOf(err)}
 	if f, ok := errors.AsType[*fault.Fault](err); ok {
 		shape.Message = strings.TrimPrefix(f.Error(), shape.Reason+": ")
-	}
-	if id, ok := errors.AsType[requestID](err); ok {
-		shape.RequestID = string(id)
-		shape.Message = strings.TrimSuffix(shape.Message, " (request_id="+string(id)+")")
 	}
 	return shape
 }

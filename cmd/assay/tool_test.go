@@ -164,7 +164,7 @@ func TestErrorsOfTheServerKeepReasonAndRequestID(t *testing.T) {
 				t.Errorf("%v: exit %d, %q, want %d, %q", verb, got.code, got.stderr, c.code, want)
 			}
 		}
-		var doc errorDocument
+		var doc struct{ Error errorShape }
 		got := assay(t, vars, "status", "-o", "json")
 		if err := json.Unmarshal([]byte(got.stderr), &doc); err != nil {
 			t.Fatal(err)
@@ -178,7 +178,7 @@ func TestErrorsOfTheServerKeepReasonAndRequestID(t *testing.T) {
 
 func TestUsageErrorIsJSONToo(t *testing.T) {
 	got := assay(t, nil, "entry", "show", "-o", "json")
-	var doc errorDocument
+	var doc struct{ Error errorShape }
 	if err := json.Unmarshal([]byte(got.stderr), &doc); err != nil || doc.Error.Reason != "usage" || got.code != exitUsage {
 		t.Errorf("exit %d, %q", got.code, got.stdout)
 	}

@@ -117,8 +117,11 @@ func Fail(w io.Writer, format string, err error) int {
 	if err == nil {
 		return exitOK
 	}
-	f := failure{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: oneLine(story(err))}
+	f := failure{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: oneLine(story(err)), RequestID: fault.RequestIDOf(err)}
 	line := "error: " + f.Reason + ": " + f.Message
+	if f.RequestID != "" {
+		line += " (request_id=" + f.RequestID + ")"
+	}
 	if format == "json" {
 		if doc, jerr := json.Marshal(struct {
 			Error failure `json:"error"`

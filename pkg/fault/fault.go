@@ -50,6 +50,8 @@ type Fault struct {
 	reason string
 	safe   string
 	cause  error
+	// requestID is what the peer that sent this fault knows the request by.
+	requestID string
 }
 
 // New returns a fault. The reason is a stable snake_case code, the safe text
@@ -106,6 +108,15 @@ func ReasonOf(err error) string {
 		return f.reason
 	}
 	return Internal.Error()
+}
+
+// RequestIDOf returns the id under which the peer that answered with err has
+// logged the request, or nothing.
+func RequestIDOf(err error) string {
+	if f, ok := errors.AsType[*Fault](err); ok {
+		return f.requestID
+	}
+	return ""
 }
 
 // SafeText returns what may be shown to a peer, without the reason.

@@ -49,8 +49,8 @@ func TestStatusRoundTrip(t *testing.T) {
 		if fault.KindOf(back) != k || fault.ReasonOf(back) != "some_reason" {
 			t.Errorf("%v came back as %v %q", k, fault.KindOf(back), fault.ReasonOf(back))
 		}
-		if !strings.HasPrefix(fault.SafeText(back), "some text") {
-			t.Errorf("text %q", fault.SafeText(back))
+		if fault.SafeText(back) != "some text" || fault.RequestIDOf(back) != "R" {
+			t.Errorf("text %q, request id %q", fault.SafeText(back), fault.RequestIDOf(back))
 		}
 	}
 }

@@ -50,7 +50,7 @@ func Status(err error, requestID string) *status.Status {
 	msg := reason + ": " + SafeText(err)
 	info := &errdetails.ErrorInfo{Reason: reason, Domain: Domain}
 	if requestID != "" {
-		msg += " (request_id=" + requestID + ")"
+		msg += requestSuffix(requestID)
 		info.Metadata = map[string]string{"request_id": requestID}
 	}
 	st := status.New(Code(KindOf(err)), msg)
@@ -58,6 +58,14 @@ func Status(err error, requestID string) *status.Status {
 		return detailed
 	}
 	return st
+}
+
+// requestSuffix is how a text for people names the request.
+func requestSuffix(requestID string) string {
+	if requestID == "" {
+		return ""
+	}
+	return " (request_id=" + requestID + ")"
 }
 
 // FromStatus reads a gRPC error back into a fault. Errors that carry no gRPC
@@ -84,12 +92,13 @@ func FromStatus(err error) error {
 			}
 		}
 	}
-	reason, text := kind.Error(), st.Message()
+	f := &Fault{kind: kind, reason: kind.Error(), safe: st.Message()}
 	for _, d := range st.Details() {
 		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == Domain {
-			reason = info.GetReason()
-			text = strings.TrimPrefix(text, reason+": ")
+			f.reason, f.requestID = info.GetReason(), info.GetMetadata()["request_id"]
+			f.safe = strings.TrimPrefix(f.safe, f.reason+": ")
+			f.safe = strings.TrimSuffix(f.safe, requestSuffix(f.requestID))
 		}
 	}
-	return New(kind, reason, text)
+	return f
 }

@@ -28,11 +28,12 @@ type AdminService struct {
 
 // AdminServiceConfig is what an AdminService needs.
 type AdminServiceConfig struct {
-	TrustDomain spiffeid.TrustDomain
-	Version     string
-	StartedAt   time.Time
-	Authority   *ca.Authority
-	Registry    *registry.Registry
+	TrustDomain    spiffeid.TrustDomain
+	ReservedPrefix string
+	Version        string
+	StartedAt      time.Time
+	Authority      *ca.Authority
+	Registry       *registry.Registry
 	// Warnings are what was found at start.
 	Warnings []string
 }
@@ -45,7 +46,7 @@ func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1
 	now := time.Now()
 	bundle, issuer, fleet := s.cfg.Authority.Bundle(), s.cfg.Authority.Issuer(), s.cfg.Registry.Fleet()
 	resp := &adminv1.StatusResponse{
-		TrustDomain: s.cfg.TrustDomain.Name(), Version: s.cfg.Version,
+		TrustDomain: s.cfg.TrustDomain.Name(), ReservedPrefix: s.cfg.ReservedPrefix, Version: s.cfg.Version,
 		StartedAt: timestamppb.New(s.cfg.StartedAt), ServerTime: timestamppb.New(now),
 		Revision: s.cfg.Registry.Revision(), BundleSequence: bundle.Sequence,
 		Issuer:  &adminv1.Issuer{Id: issuer.ID, AuthorityId: issuer.AuthorityID, NotAfter: stamp(issuer.NotAfter)},

@@ -163,7 +163,6 @@ func TestAgentsAreSortedByID(t *testing.T) {
 
 func TestRejoin(t *testing.T) {
 	const week = 7 * 24 * time.Hour
-	type now = time.Time
 	cases := map[string]struct {
 		prepare func(*testing.T, *registry.Registry, spiffeid.ID)
 		key     int

@@ -75,9 +75,11 @@ type StatusResponse struct {
 	Entries        uint32         `protobuf:"varint,9,opt,name=entries,proto3" json:"entries,omitempty"`
 	Agents         []*AgentStatus `protobuf:"bytes,10,rep,name=agents,proto3" json:"agents,omitempty"`
 	// Things that an operator should look at, one sentence each.
-	Warnings      []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Warnings []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// Path prefix of the IDs of servers and agents, such as "/assay/".
+	ReservedPrefix string `protobuf:"bytes,12,opt,name=reserved_prefix,json=reservedPrefix,proto3" json:"reserved_prefix,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -185,6 +187,13 @@ func (x *StatusResponse) GetWarnings() []string {
 		return x.Warnings
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetReservedPrefix() string {
+	if x != nil {
+		return x.ReservedPrefix
+	}
+	return ""
 }
 
 type Authority struct {
@@ -476,7 +485,7 @@ var File_admin_v1_admin_proto protoreflect.FileDescriptor
 const file_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x14admin/v1/admin.proto\x12\x0eassay.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\xe2\x03\n" +
+	"\rStatusRequest\"\x8b\x04\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x129\n" +
@@ -491,7 +500,8 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\aentries\x18\t \x01(\rR\aentries\x123\n" +
 	"\x06agents\x18\n" +
 	" \x03(\v2\x1b.assay.admin.v1.AgentStatusR\x06agents\x12\x1a\n" +
-	"\bwarnings\x18\v \x03(\tR\bwarnings\"\xc9\x01\n" +
+	"\bwarnings\x18\v \x03(\tR\bwarnings\x12'\n" +
+	"\x0freserved_prefix\x18\f \x01(\tR\x0ereservedPrefix\"\xc9\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03use\x18\x02 \x01(\tR\x03use\x12\x14\n" +
