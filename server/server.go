@@ -81,6 +81,9 @@ func (s *Server) Ready(context.Context) error {
 // store_commit_unknown the process has to be restarted.
 func (s *Server) Run(ctx context.Context) error {
 	r, err := s.open(ctx)
+	if err != nil && ctx.Err() != nil {
+		return nil // told to stop while it was starting
+	}
 	if err != nil {
 		return err
 	}

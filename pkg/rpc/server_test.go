@@ -219,6 +219,32 @@ func TestHandlerErrorsBecomeSafeStatuses(t *testing.T) {
 	}
 }
 
+// NEG-25: a rule that panics refuses its call. The process and the connection
+// go on.
+func TestRuleThatPanicsRefuses(t *testing.T) {
+	lis, target := unixListener(t)
+	logs := &strings.Builder{}
+	svc := &service{bundle: func(context.Context) (*agentv1.BundleResponse, error) { return &agentv1.BundleResponse{}, nil }}
+	serve(t, rpc.ServerConfig{
+		Methods: rpc.Methods{
+			bundleMethod: rpc.Anyone,
+			renewMethod:  func(rpc.Caller) error { panic("a secret of ours") },
+		},
+		Creds: rpc.LocalCreds(), Log: slog.New(slog.NewTextHandler(logs, nil)),
+	}, svc, lis)
+	client := dial(t, target, rpc.LocalCreds())
+	_, err := client.Renew(t.Context(), &agentv1.RenewRequest{})
+	if status.Code(err) != codes.Internal || fault.ReasonOf(fault.FromStatus(err)) != "authz_error" || strings.Contains(err.Error(), "secret") {
+		t.Errorf("the caller sees %v", err)
+	}
+	if _, err := client.Bundle(t.Context(), &agentv1.BundleRequest{}); err != nil {
+		t.Errorf("the next call: %v", err)
+	}
+	if !strings.Contains(logs.String(), "a secret of ours") {
+		t.Error("the log does not have the cause")
+	}
+}
+
 func TestReflectionNeedsRulesToo(t *testing.T) {
 	srv := grpc.NewServer()
 	reflection.Register(srv)

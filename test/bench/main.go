@@ -21,17 +21,19 @@ func main() {
 	bins := flag.String("bin", "bin", "directory of the three binaries")
 	out := flag.String("o", "", "also write the table to this Markdown file")
 	limit := flag.String("limit-server", "", "internal: serve the empty Workload API on this socket")
+	impostor := flag.String("impostor", "", "internal: connect descriptor 3 to this socket, then become another program")
 	flag.Parse()
-	if *limit != "" {
-		if err := serveConstant(*limit); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	var err error
+	switch {
+	case *limit != "":
+		err = serveConstant(*limit)
+	case *impostor != "":
+		err = becomeAnother(*impostor)
+	default:
+		var dir string
+		if dir, err = filepath.Abs(*bins); err == nil {
+			err = run(dir, *out)
 		}
-		return
-	}
-	dir, err := filepath.Abs(*bins)
-	if err == nil {
-		err = run(dir, *out)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -104,6 +106,7 @@ func run(bins, out string) (err error) {
 	b.idle(s, a)
 	b.propagation(s, a)
 	b.fetching(s, a)
+	b.connectThenExec(a)
 	table := b.table()
 	fmt.Print(table)
 	if out != "" {
