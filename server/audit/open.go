@@ -126,6 +126,9 @@ func (l *Log) resumeOlder() error {
 
 func (l *Log) follow(line []byte, path string) error {
 	at, err := parseLink(line)
+	if err == nil && at.seq == 1 && at.prev != (digest{}) {
+		err = errNotALine // the first of all follows none
+	}
 	if err != nil {
 		return corrupt(path, err)
 	}
