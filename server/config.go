@@ -65,7 +65,7 @@ type AdminConfig struct {
 	// Default none.
 	Group string `yaml:"group"`
 	// UIDs are users who may operate the server besides root and the server's
-	// own user. Default none.
+	// own user; they need Group to reach the socket. Default none.
 	UIDs []uint32 `yaml:"uids"`
 }
 
@@ -105,7 +105,8 @@ type LimitsConfig struct {
 	// Streams is how many calls may run on one agent connection at a time.
 	// Default 100.
 	Streams uint32 `yaml:"streams_per_connection"`
-	// AgentConnections is how many connections one agent may have. Default 8.
+	// AgentConnections is how many connections, and how many sync streams over
+	// all of them, one agent may have. Default 8.
 	AgentConnections int `yaml:"connections_per_agent"`
 	// AnonymousConnections is how many connections without an agent's
 	// certificate, handshakes included, one address may have. Raise it where

@@ -13,15 +13,18 @@ import (
 )
 
 // connLimits bounds the connections of the agents' listener: per agent once a
-// valid certificate was seen, per address before and without one. It wraps the
+// certificate was seen that isAgent admits, per address before and without one.
+// A replaced certificate of an agent, or that of a banned one, counts as none:
+// who stole it could otherwise take all the places of the agent. It wraps the
 // transport credentials, because only they know both.
 type connLimits struct {
 	credentials.TransportCredentials
-	counts *connCounts
+	isAgent rpc.Rule
+	counts  *connCounts
 }
 
-func limitConns(creds credentials.TransportCredentials, perAgent, perAddress int) credentials.TransportCredentials {
-	return &connLimits{TransportCredentials: creds, counts: &connCounts{
+func limitConns(creds credentials.TransportCredentials, isAgent rpc.Rule, perAgent, perAddress int) credentials.TransportCredentials {
+	return &connLimits{TransportCredentials: creds, isAgent: isAgent, counts: &connCounts{
 		perAgent: perAgent, perAddress: perAddress, agents: map[string]int{}, addresses: map[string]int{},
 	}}
 }
@@ -39,7 +42,7 @@ func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		return nil, nil, err
 	}
 	agent := ""
-	if c, ok := info.(interface{ Caller() rpc.Caller }); ok && c.Caller().State == rpc.CertValid {
+	if c, ok := info.(interface{ Caller() rpc.Caller }); ok && l.isAgent(c.Caller()) == nil {
 		agent = c.Caller().ID.String()
 		if !l.counts.become(host, agent) {
 			_ = conn.Close()
@@ -62,7 +65,7 @@ func (*connLimits) ClientHandshake(context.Context, string, net.Conn) (net.Conn,
 
 // Clone implements credentials.TransportCredentials; the counts stay shared.
 func (l *connLimits) Clone() credentials.TransportCredentials {
-	return &connLimits{TransportCredentials: l.TransportCredentials.Clone(), counts: l.counts}
+	return &connLimits{TransportCredentials: l.TransportCredentials.Clone(), isAgent: l.isAgent, counts: l.counts}
 }
 
 // countedConn gives its place back when it is closed.

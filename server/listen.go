@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -42,7 +41,7 @@ const (
 	socketCheck = 2 * time.Second
 )
 
-// listen opens both listeners and serves until ctx ends.
+// listen serves on both listeners until ctx ends.
 func (s *Server) listen(ctx context.Context, r *rooms) error {
 	own, err := s.newIdentity(ctx, r)
 	if err != nil {
@@ -53,18 +52,9 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	if err != nil {
 		return err
 	}
-	socket, err := s.listenAdmin()
-	if err != nil {
-		return err
-	}
-	port, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.cfg.Listen)
-	if err != nil {
-		_ = socket.Close()
-		return fault.Wrap(fault.Precondition, err, "config_listen", "listen: "+s.cfg.Listen+" can't be opened: free the port or set another address")
-	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return served(gctx, agents.Serve(port)) })
-	g.Go(func() error { return s.serveAdmin(gctx, admin, socket) })
+	g.Go(func() error { return served(gctx, agents.Serve(r.port)) })
+	g.Go(func() error { return s.serveAdmin(gctx, admin, r.socket) })
 	g.Go(func() error { return own.keepFresh(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
@@ -73,9 +63,9 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 		drain(agents, admin)
 		return errStopped
 	})
-	s.setServing(port.Addr(), func() error { return health(r, own) })
+	s.setServing(r.port.Addr(), func() error { return health(r, own) })
 	s.deps.Log.LogAttrs(ctx, slog.LevelInfo, "server is ready", slog.String("trust_domain", s.cfg.TrustDomain),
-		slog.String("listen", port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket))
+		slog.String("listen", r.port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket))
 	return g.Wait()
 }
 
@@ -87,6 +77,7 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 			"rejoin":     attest.NewRejoin(r.registry),
 		},
 		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
+		SyncStreams: s.cfg.Limits.AgentConnections, // an honest agent has one on each
 	})
 }
 
@@ -99,7 +90,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 	td := s.cfg.trustDomain()
 	agents = rpc.NewServer(rpc.ServerConfig{
 		Name: "agents", Methods: api.AgentMethods(s.cfg.prefix(), r.registry, r.refusals.Report),
-		Creds: limitConns(rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)),
+		Creds: limitConns(rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)), api.AgentRule(s.cfg.prefix(), r.registry),
 			s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
 		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		Options: []grpc.ServerOption{
@@ -254,6 +245,9 @@ func health(r *rooms, own *identity) error {
 	default:
 	}
 	if err := r.audit.Err(); err != nil {
+		return err
+	}
+	if err := r.authority.Ready(); err != nil {
 		return err
 	}
 	_, err := own.certificate()

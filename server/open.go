@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/seed-caa81108/assay/pkg/durable"
+	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/api"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
@@ -18,6 +20,8 @@ import (
 
 // rooms is everything that is open while the server runs.
 type rooms struct {
+	socket    *durable.Listener // of operators
+	port      net.Listener      // of agents
 	store     *store.Bolt
 	audit     *audit.Log
 	authority *ca.Authority
@@ -57,6 +61,11 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// Before anything is made that can't be taken back: an address that is in
+	// use must not cost a trust domain its first root.
+	if err := s.bind(ctx, r); err != nil {
+		return nil, err
+	}
 	if r.store, err = store.OpenBolt(store.BoltConfig{Dir: s.cfg.DataDir, Log: s.deps.Log}); err != nil {
 		return nil, err
 	}
@@ -81,4 +90,27 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	return r, nil
+}
+
+// bind opens both listeners; nothing is served on them yet.
+func (s *Server) bind(ctx context.Context, r *rooms) (err error) {
+	if r.socket, err = s.listenAdmin(); err != nil {
+		return err
+	}
+	r.closers = append(r.closers, closeListener(r.socket))
+	if r.port, err = (&net.ListenConfig{}).Listen(ctx, "tcp", s.cfg.Listen); err != nil {
+		return fault.Wrap(fault.Precondition, err, "config_listen", "listen: "+s.cfg.Listen+" can't be opened: free the port or set another address")
+	}
+	r.closers = append(r.closers, closeListener(r.port))
+	return nil
+}
+
+// closeListener closes lis, which a server that served it has closed already.
+func closeListener(lis net.Listener) func() error {
+	return func() error {
+		if err := lis.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			return fmt.Errorf("close listener: %w", err)
+		}
+		return nil
+	}
 }

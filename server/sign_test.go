@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -195,6 +196,9 @@ func TestWithoutAuditThereIsNoAnswer(t *testing.T) {
 	}
 	_, err = a.SignX509(t.Context(), &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: id, Csr: newCSR(t, newKey(t), nil)}}})
 	wantReason(t, "sign", err, fault.NotReady, "audit_failed")
+	if strings.Contains(err.Error(), h.cfg.DataDir) || !strings.Contains(h.logs.String(), path) {
+		t.Errorf("an agent is told of the server's files, or the log is not: %v", err)
+	}
 	_, err = a.SignX509(t.Context(), &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: "foreign"}}})
 	wantReason(t, "refusal of a signature", err, fault.NotReady, "audit_failed")
 	_, err = a.Renew(t.Context(), &agentv1.RenewRequest{Csr: newCSR(t, a.key, nil)})

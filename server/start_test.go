@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -71,10 +73,15 @@ func TestStartFailsWithItsReason(t *testing.T) {
 	want("bootstrap on another day", run(cfg), "bootstrap_not_today")
 
 	h := start(t)
-	want("data directory in use", run(h.cfg), "data_dir_locked")
+	locked := newConfig(t)
+	locked.DataDir, locked.SealKeyFile = h.cfg.DataDir, h.cfg.SealKeyFile
+	want("data directory in use", run(locked), "data_dir_locked")
 	busy := newConfig(t)
 	busy.Listen = h.server.Addr().String()
 	want("port in use", run(busy), "config_listen")
+	if _, err := os.Stat(filepath.Join(busy.DataDir, "store.db")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a port in use cost a root: %v", err)
+	}
 	busy = newConfig(t)
 	busy.Admin.Socket = h.cfg.Admin.Socket
 	want("socket in use", run(busy), "socket_in_use")

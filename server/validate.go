@@ -119,6 +119,12 @@ func (c Config) checkPlaces() error {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
 		}
 	}
+	if len(c.Admin.UIDs) > 0 && c.Admin.Group == "" {
+		return badConfig("admin.uids can't reach the socket, which belongs to the server's user and admin.group: set admin.group to a group of theirs")
+	}
+	if c.Listen == c.Metrics.Listen {
+		return badConfig("listen and metrics.listen are the same address: set metrics.listen: %s", defaultMetrics)
+	}
 	for _, address := range []struct{ field, value, example string }{
 		{"listen", c.Listen, defaultListen},
 		{"metrics.listen", c.Metrics.Listen, defaultMetrics},

@@ -2,7 +2,9 @@ package rpc
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -108,7 +110,7 @@ type guard struct {
 
 func (g *guard) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
 	ctx, c := withCall(ctx)
-	err := g.admit(c.caller, info)
+	err := g.judge(c.caller, info)
 	if err == nil {
 		return ctx, nil
 	}
@@ -118,6 +120,18 @@ func (g *guard) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	}
 	g.done(ctx, c, method, err)
 	return nil, fault.Status(err, c.id).Err()
+}
+
+// judge is admit, with a panic as a refusal. Here nobody else recovers: the
+// transport would wait for ever for a lock that its own reader holds.
+func (g *guard) judge(caller Caller, info *tap.Info) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fault.Wrap(fault.Internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()), "authz_error",
+				"it could not be decided whether you may call this; the log of this process has the cause")
+		}
+	}()
+	return g.admit(caller, info)
 }
 
 func (g *guard) admit(caller Caller, info *tap.Info) error {

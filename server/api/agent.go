@@ -31,6 +31,8 @@ type AgentConfig struct {
 	SignBatch int
 	// AttestRate is how many attestations an address may begin per second.
 	AttestRate int
+	// SyncStreams is how many Sync streams an agent may have at a time.
+	SyncStreams int
 }
 
 // AgentService is the server's side of the protocol between agent and server.
@@ -38,6 +40,7 @@ type AgentService struct {
 	agentv1.UnimplementedAgentServer
 	cfg       AgentConfig
 	addresses *addresses
+	streams   *streams
 	bundles   bundleCache
 
 	stopOnce sync.Once
@@ -46,7 +49,9 @@ type AgentService struct {
 
 // NewAgentService returns the service.
 func NewAgentService(cfg AgentConfig) *AgentService {
-	return &AgentService{cfg: cfg, addresses: newAddresses(cfg.AttestRate), stopping: make(chan struct{})}
+	return &AgentService{
+		cfg: cfg, addresses: newAddresses(cfg.AttestRate), streams: newStreams(cfg.SyncStreams), stopping: make(chan struct{}),
+	}
 }
 
 // Stop ends every stream with Unavailable, so that agents look for another
@@ -67,7 +72,7 @@ func (s *AgentService) Renew(ctx context.Context, req *agentv1.RenewRequest) (*a
 	if err != nil {
 		return nil, err
 	}
-	identity, err := s.renew(ctx, caller.ID, req.GetCsr())
+	identity, err := s.renew(ctx, caller, req.GetCsr())
 	if err != nil {
 		// What was signed has its line already; this is about what was not.
 		if aerr := record(ctx, s.cfg.Audit, audit.Line{
@@ -82,12 +87,12 @@ func (s *AgentService) Renew(ctx context.Context, req *agentv1.RenewRequest) (*a
 	return &agentv1.RenewResponse{Identity: identity}, nil
 }
 
-func (s *AgentService) renew(ctx context.Context, id spiffeid.ID, csr []byte) (*agentv1.Identity, error) {
+func (s *AgentService) renew(ctx context.Context, caller rpc.Caller, csr []byte) (*agentv1.Identity, error) {
 	key, err := ca.ParseCSR(csr)
 	if err != nil {
 		return nil, err
 	}
-	return s.issueAgent(ctx, id, key, "active_svid")
+	return s.issueAgent(ctx, caller.ID, key, caller.Serial, "active_svid")
 }
 
 // admit returns the calling agent after noting that its serial is in use: the
@@ -101,8 +106,9 @@ func (s *AgentService) admit(ctx context.Context) (rpc.Caller, error) {
 }
 
 // issueAgent signs an agent's own certificate and records its serial before
-// anybody sees it.
-func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, rule string) (*agentv1.Identity, error) {
+// anybody sees it. under is the serial of the certificate that asks, empty in
+// an attestation.
+func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, under, rule string) (*agentv1.Identity, error) {
 	svids, err := s.cfg.Authority.IssueX509(ctx, origin(ctx), []ca.X509Request{{Kind: ca.Agent, ID: id, PublicKey: key, Rule: rule}})
 	if err != nil {
 		return nil, err
@@ -115,7 +121,8 @@ func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypt
 	if err != nil {
 		return nil, err
 	}
-	if err := s.cfg.Registry.RecordIssued(ctx, id, svid.Serial, hash, svid.NotAfter); err != nil {
+	issued := registry.Issued{Under: under, Serial: svid.Serial, KeyHash: hash, NotAfter: svid.NotAfter}
+	if err := s.cfg.Registry.RecordIssued(ctx, id, issued); err != nil {
 		return nil, err
 	}
 	return &agentv1.Identity{

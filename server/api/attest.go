@@ -102,7 +102,7 @@ func (s *AgentService) attest(ctx context.Context, start *agentv1.AttestRequest_
 	if granted.AgentID.TrustDomain() != s.cfg.TrustDomain || !isUnder(granted.AgentID, s.cfg.ReservedPrefix+"agent/") {
 		return nil, fault.New(fault.Internal, "agent_id_invalid", "the attestor named no agent")
 	}
-	return s.issueAgent(ctx, granted.AgentID, key, start.GetAttestor())
+	return s.issueAgent(ctx, granted.AgentID, key, "", start.GetAttestor())
 }
 
 // node is the other end of an attestation.

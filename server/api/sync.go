@@ -40,6 +40,11 @@ func (s *AgentService) Sync(stream syncStream) error {
 	if err != nil {
 		return err
 	}
+	leave, err := s.streams.enter(caller.ID)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	incoming := make(chan *agentv1.SyncRequest)
 	ends := make(chan error, 3)
 	go func() { ends <- receive(ctx, stream, incoming) }()

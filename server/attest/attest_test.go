@@ -104,7 +104,7 @@ func joined(t *testing.T, r *registry.Registry, key crypto.Signer) spiffeid.ID {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.RecordIssued(t.Context(), got.AgentID, "01", hash, time.Now().Add(time.Minute)); err != nil {
+	if err := r.RecordIssued(t.Context(), got.AgentID, registry.Issued{Serial: "01", KeyHash: hash, NotAfter: time.Now().Add(time.Minute)}); err != nil {
 		t.Fatal(err)
 	}
 	return got.AgentID

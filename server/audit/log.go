@@ -279,8 +279,9 @@ func (l *Log) ours(ctx context.Context) error {
 		return fault.Wrap(fault.NotReady, err, "audit_failed", "the audit log can't be looked at")
 	}
 	if !os.SameFile(at, open) || open.Size() != l.size {
-		return fault.Newf(fault.NotReady, "audit_failed",
-			"%s was replaced or changed by another program: put the file back, or restart the server to go on from what is there", l.path)
+		// The text goes to peers: where the file lies is for the log.
+		return fault.Wrap(fault.NotReady, fmt.Errorf("%s is not the file that was written last", l.path), "audit_failed",
+			"the audit log was replaced or changed by another program: put the file back, or restart the server to go on from what is there")
 	}
 	return nil
 }

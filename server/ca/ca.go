@@ -208,6 +208,16 @@ func (a *Authority) hear(asked time.Time) {
 	}
 }
 
+// Ready says whether certificates can be signed at present: nil, or why not. It
+// looks into memory only.
+func (a *Authority) Ready() error {
+	now := time.Now()
+	if err := a.ready(now); err != nil {
+		return err
+	}
+	return a.current.Load().issuer.usable(now)
+}
+
 // ready says whether signing is allowed at now.
 func (a *Authority) ready(now time.Time) error {
 	if err := a.stopped.Load(); err != nil {

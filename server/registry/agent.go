@@ -123,17 +123,32 @@ func (r *Registry) UseSerial(ctx context.Context, id spiffeid.ID, serial string)
 	})
 }
 
+// Issued is a certificate that was signed for an agent.
+type Issued struct {
+	// Under is the serial of the certificate that asked for it; empty if an
+	// attestation did.
+	Under    string
+	Serial   string
+	KeyHash  string
+	NotAfter time.Time
+}
+
 // RecordIssued notes a certificate that was signed for the agent. It becomes
-// the pending one; a pending one before it, never used, is void.
-func (r *Registry) RecordIssued(ctx context.Context, id spiffeid.ID, serial, keyHash string, notAfter time.Time) error {
-	if serial == "" || keyHash == "" {
+// the pending one; a pending one before it, never used, is void. What was asked
+// for under a certificate that has been replaced meanwhile is refused: a
+// request under way does not outlive the right to it.
+func (r *Registry) RecordIssued(ctx context.Context, id spiffeid.ID, cert Issued) error {
+	if cert.Serial == "" || cert.KeyHash == "" {
 		return errors.New("record issued: serial or key is missing")
 	}
 	return r.changeAgent(ctx, id, func(a *Agent) error {
-		if a.Banned {
+		switch {
+		case a.Banned:
 			return agentBanned()
+		case cert.Under != "" && cert.Under != a.ActiveSerial:
+			return notActive()
 		}
-		a.PendingSerial, a.PendingKey, a.PendingNotAfter = serial, keyHash, wall(notAfter)
+		a.PendingSerial, a.PendingKey, a.PendingNotAfter = cert.Serial, cert.KeyHash, wall(cert.NotAfter)
 		return nil
 	})
 }
@@ -164,7 +179,7 @@ func (r *Registry) changeAgent(ctx context.Context, id spiffeid.ID, change func(
 			[]store.Precondition{{Key: agentKey(id), Revision: stored}},
 			[]store.Write{{Key: agentKey(id), Value: value}})
 		if err == nil {
-			return r.WaitRevision(ctx, revision)
+			return r.applied(ctx, revision)
 		}
 		if !errors.Is(err, fault.Conflict) {
 			return err

@@ -29,7 +29,7 @@ func join(t *testing.T, r *registry.Registry, keyHash string) spiffeid.ID {
 // issued records a certificate of 12 hours and fails the test if it can't.
 func issued(t *testing.T, r *registry.Registry, agent spiffeid.ID, serial, keyHash string) {
 	t.Helper()
-	if err := r.RecordIssued(t.Context(), agent, serial, keyHash, time.Now().Add(12*time.Hour)); err != nil {
+	if err := r.RecordIssued(t.Context(), agent, registry.Issued{Serial: serial, KeyHash: keyHash, NotAfter: time.Now().Add(12 * time.Hour)}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -75,6 +75,26 @@ func TestRenewedCertificateReplacesTheOldAtItsFirstUse(t *testing.T) {
 	}
 }
 
+// NEG-19: a renewal under a certificate that is replaced while it is under way
+// gives nothing: else a stolen key could outlive its replacement.
+func TestRenewalUnderAReplacedCertificateIsRefused(t *testing.T) {
+	s := start(t, t.TempDir())
+	agent := join(t, s.Registry, key(1))
+	issued(t, s.Registry, agent, "01", key(1))
+	use(t, s.Registry, agent, "01")
+	issued(t, s.Registry, agent, "02", key(2))
+	// The holder of 01 was admitted before this and is being signed for.
+	use(t, s.Registry, agent, "02")
+	late := registry.Issued{Under: "01", Serial: "03", KeyHash: key(3), NotAfter: time.Now().Add(time.Hour)}
+	wantFault(t, s.RecordIssued(t.Context(), agent, late), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(agent, "03"), fault.Denied, "agent_svid_not_active")
+	late.Under = "02"
+	if err := s.RecordIssued(t.Context(), agent, late); err != nil {
+		t.Fatal(err)
+	}
+	use(t, s.Registry, agent, "03")
+}
+
 func TestLostRenewalCostsNothing(t *testing.T) {
 	s := start(t, t.TempDir())
 	agent := join(t, s.Registry, key(1))
@@ -110,8 +130,8 @@ func TestUnknownAgentIsRefused(t *testing.T) {
 	s := start(t, t.TempDir())
 	wantFault(t, s.CheckAgent(node(1), "01"), fault.Denied, "agent_unknown")
 	wantFault(t, s.UseSerial(t.Context(), node(1), "01"), fault.Denied, "agent_unknown")
-	wantFault(t, s.RecordIssued(t.Context(), node(1), "01", key(1), time.Now()), fault.Denied, "agent_unknown")
-	if err := s.RecordIssued(t.Context(), node(1), "", key(1), time.Now()); err == nil {
+	wantFault(t, s.RecordIssued(t.Context(), node(1), registry.Issued{Serial: "01", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_unknown")
+	if err := s.RecordIssued(t.Context(), node(1), registry.Issued{Serial: "", KeyHash: key(1), NotAfter: time.Now()}); err == nil {
 		t.Error("a certificate without serial was recorded")
 	}
 	if _, ok := s.Agent(node(1)); ok || len(s.Agents()) != 0 {
@@ -135,7 +155,7 @@ func TestBannedAgentIsRefusedEverywhere(t *testing.T) {
 	for range 2 {
 		wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_banned")
 		wantFault(t, s.UseSerial(t.Context(), agent, "01"), fault.Denied, "agent_banned")
-		wantFault(t, s.RecordIssued(t.Context(), agent, "02", key(1), time.Now()), fault.Denied, "agent_banned")
+		wantFault(t, s.RecordIssued(t.Context(), agent, registry.Issued{Serial: "02", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_banned")
 		wantFault(t, s.Rejoinable(agent, key(1), time.Now()), fault.Denied, "rejoin_refused")
 		_, err = s.RedeemToken(t.Context(), token.Value, key(1))
 		wantFault(t, err, fault.Denied, "agent_banned")

@@ -36,7 +36,7 @@ func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entr
 		revision, err := r.commitUpdate(ctx, old, next, stored)
 		if err == nil {
 			failpoint.Hit("entry_written")
-			return next, r.WaitRevision(ctx, revision)
+			return next, r.applied(ctx, revision)
 		}
 		if !errors.Is(err, fault.Conflict) {
 			return Entry{}, err
@@ -96,7 +96,7 @@ func (r *Registry) DeleteEntries(ctx context.Context, ids []string) []error {
 		revision := r.commitDeletes(ctx, list[from:min(from+store.MaxWrites/2, len(list))])
 		newest = max(newest, revision)
 	}
-	if err := r.WaitRevision(ctx, newest); err != nil {
+	if err := r.applied(ctx, newest); err != nil {
 		for i := range errs {
 			if errs[i] == nil {
 				errs[i] = err

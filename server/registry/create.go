@@ -52,7 +52,7 @@ func (r *Registry) CreateEntries(ctx context.Context, list []Entry) []EntryResul
 	for _, d := range drafts { // not tried: the store takes nothing now
 		d.result.Err = stop
 	}
-	if err := r.WaitRevision(ctx, newest); err != nil {
+	if err := r.applied(ctx, newest); err != nil {
 		for i := range results {
 			if results[i].Err == nil {
 				results[i].Err = err

@@ -24,6 +24,7 @@ type watchedKV struct {
 	mu     sync.Mutex
 	sizes  []int
 	before func(n int) error // called with the number of the commit, from 1
+	after  func()            // called when a commit is done
 }
 
 func (k *watchedKV) Commit(ctx context.Context, ifs []store.Precondition, writes []store.Write) (int64, error) {
@@ -36,7 +37,11 @@ func (k *watchedKV) Commit(ctx context.Context, ifs []store.Precondition, writes
 			return 0, err
 		}
 	}
-	return k.KV.Commit(ctx, ifs, writes)
+	revision, err := k.KV.Commit(ctx, ifs, writes)
+	if err == nil && k.after != nil {
+		k.after()
+	}
+	return revision, err
 }
 
 // commits forgets what was committed so far and returns it.
@@ -273,6 +278,56 @@ func TestCreateAnswersWhenTheRequestEnds(t *testing.T) {
 	wantFault(t, r.Err, fault.NotReady, "request_ended") // WL-24: never the context's own error
 	if s.CountEntries(registry.EntryFilter{}) != 0 {
 		t.Error("made all the same")
+	}
+}
+
+// What is committed is reported as done, also to somebody who hangs up in that
+// moment: the audit line is made from the answer.
+func TestWhatIsCommittedIsReportedAsDone(t *testing.T) {
+	var kv *watchedKV
+	s := start(t, t.TempDir(), func(o *registry.Options) {
+		kv = &watchedKV{KV: o.Store}
+		o.Store = kv
+	})
+	for n := range 20 {
+		during := func(act func(context.Context) error) {
+			t.Helper()
+			ctx, cancel := context.WithCancel(t.Context())
+			kv.after = cancel
+			if err := act(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if ctx.Err() == nil {
+				t.Fatal("nothing was committed")
+			}
+		}
+		var made registry.Entry
+		during(func(ctx context.Context) error {
+			r := s.CreateEntries(ctx, []registry.Entry{web(fmt.Sprintf("/w/%d", n), node(1))})[0]
+			made = r.Entry
+			return r.Err
+		})
+		during(func(ctx context.Context) error {
+			_, err := s.UpdateEntry(ctx, made.ID, func(e *registry.Entry) { e.Hint = "new" })
+			return err
+		})
+		if got, ok := s.Entry(made.ID); !ok || got.Hint != "new" {
+			t.Fatalf("the mirror has %+v", got)
+		}
+		during(func(ctx context.Context) error { return s.DeleteEntries(ctx, []string{made.ID})[0] })
+		var token registry.Token
+		during(func(ctx context.Context) (err error) {
+			token, err = s.CreateToken(ctx, "", 0)
+			return err
+		})
+		during(func(ctx context.Context) error {
+			_, err := s.RedeemToken(ctx, token.Value, key(1))
+			return err
+		})
+		during(func(ctx context.Context) error {
+			return s.RecordIssued(ctx, token.AgentID, registry.Issued{Serial: "01", KeyHash: key(1), NotAfter: time.Now().Add(time.Hour)})
+		})
+		during(func(ctx context.Context) error { return s.UseSerial(ctx, token.AgentID, "01") })
 	}
 }
 

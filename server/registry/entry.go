@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"net/netip"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -164,14 +163,14 @@ func checkDNSNames(names []string) error {
 }
 
 // validDNSName holds a name to RFC 1123 section 2.1, plus "*." in front
-// (RFC 9525 section 6.3). A text that reads as an IP address is no name:
-// clients would look for it among the IP addresses of the certificate.
+// (RFC 9525 section 6.3). A name whose last label is a number is none: clients
+// read it as an IP address, and the authority refuses to sign it.
 func validDNSName(name string) bool {
 	if name == "" || len(name) > 253 {
 		return false
 	}
 	name = strings.TrimPrefix(name, "*.")
-	if _, err := netip.ParseAddr(name); err == nil {
+	if last := name[strings.LastIndexByte(name, '.')+1:]; strings.Trim(last, "0123456789") == "" {
 		return false
 	}
 	for label := range strings.SplitSeq(name, ".") {

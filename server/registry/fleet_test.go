@@ -111,11 +111,11 @@ func TestMetrics(t *testing.T) {
 	join(t, s.Registry, key(0)) // never uses its SVID
 	current, expired, barred := join(t, s.Registry, key(1)), join(t, s.Registry, key(2)), join(t, s.Registry, key(3))
 	ends := time.Unix(4000000000, 0)
-	if err := s.RecordIssued(t.Context(), current, "01", key(1), ends); err != nil {
+	if err := s.RecordIssued(t.Context(), current, registry.Issued{Serial: "01", KeyHash: key(1), NotAfter: ends}); err != nil {
 		t.Fatal(err)
 	}
 	use(t, s.Registry, current, "01")
-	if err := s.RecordIssued(t.Context(), expired, "01", key(2), time.Now().Add(-time.Minute)); err != nil {
+	if err := s.RecordIssued(t.Context(), expired, registry.Issued{Serial: "01", KeyHash: key(2), NotAfter: time.Now().Add(-time.Minute)}); err != nil {
 		t.Fatal(err)
 	}
 	use(t, s.Registry, expired, "01")

@@ -257,6 +257,13 @@ func (r *Registry) Revision() int64 {
 	return r.mirror.revision
 }
 
+// applied waits until the mirror has what we have just committed. It is done
+// and is reported as done: a request that ends meanwhile changes neither, and
+// the audit log is written from the answer. It gives up only with Run.
+func (r *Registry) applied(ctx context.Context, revision int64) error {
+	return r.WaitRevision(context.WithoutCancel(ctx), revision)
+}
+
 // WaitRevision returns once the mirror has reached revision. It gives up, with
 // NotReady, when ctx or Run ends.
 func (r *Registry) WaitRevision(ctx context.Context, revision int64) error {

@@ -100,7 +100,7 @@ func (r *Registry) CreateToken(ctx context.Context, value string, ttl time.Durat
 	if err != nil {
 		return Token{}, err
 	}
-	return t, r.WaitRevision(ctx, revision)
+	return t, r.applied(ctx, revision)
 }
 
 // checkTokenValue estimates how many random bits a chosen token can hold: its
@@ -203,7 +203,7 @@ func (r *Registry) redeem(ctx context.Context, h tokenHash, keyHash string) (spi
 			continue
 		}
 		if err == nil {
-			err = r.WaitRevision(ctx, revision)
+			err = r.applied(ctx, revision)
 		}
 		if err != nil {
 			return spiffeid.ID{}, redeemedFailed, err

@@ -141,8 +141,9 @@ func (b *Bolt) outcome(c *commit, err error) error {
 			return explain(b.path, c.refused)
 		}
 		if noSpace(err) && c.transaction != 0 && !b.shows(c.transaction) {
-			return fault.Wrap(fault.Exhausted, err, "store_full",
-				"no space left for "+b.path+", nothing was written: make room on its file system")
+			// The text goes to peers: where the file lies is for the log.
+			return fault.Wrap(fault.Exhausted, fmt.Errorf("write %s: %w", b.path, err), "store_full",
+				"no space left for the server's store, nothing was written: make room on its file system")
 		}
 	}
 	unknown := fault.Wrap(fault.NotReady, fmt.Errorf("%w: %w", ErrUnknown, err), "store_commit_unknown",

@@ -84,6 +84,10 @@ func TestAFullDiskIsAnAnswerAndTheStoreGoesOn(t *testing.T) {
 		if errors.Is(err, ErrUnknown) || !errors.Is(err, syscall.ENOSPC) {
 			t.Fatalf("got %v", err)
 		}
+		// The text goes to peers; where the file lies is for the log.
+		if strings.Contains(fault.SafeText(err), dir) || !strings.Contains(err.Error(), dir) {
+			t.Fatalf("a peer is told %q, the log %q", fault.SafeText(err), err)
+		}
 		if got := content(t, b); got != before {
 			t.Fatalf("reads changed: %s", got)
 		}
