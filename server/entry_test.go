@@ -64,6 +64,7 @@ func TestEntryComesBackAsItWasMade(t *testing.T) {
 	}
 	line := h.audited("entry.create")
 	if sub(line, "target", "entry_id") != "my-entry" || sub(line, "target", "spiffe_id") != "spiffe://example.org/a" || sub(line, "actor", "kind") != "operator" ||
+		sub(line, "target", "parent_id") != "spiffe://example.org/some/node" || len(sub(line, "why", "selectors_hash").(string)) != 64 ||
 		sub(line, "actor", "uid") != float64(os.Getuid()) || sub(line, "actor", "exe") == nil || sub(line, "request_id") == nil {
 		t.Errorf("audit: %v", line)
 	}

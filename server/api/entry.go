@@ -2,6 +2,8 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -101,7 +103,7 @@ func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 	resp := &entryv1.BatchCreateEntryResponse{Results: make([]*entryv1.BatchCreateEntryResponse_Result, len(results))}
 	log := s.batch(ctx, "entry.create", len(results))
 	for i, r := range results {
-		log.add(entryTarget(&r.Entry), r.Err)
+		log.add(entryTarget(&r.Entry), selectorsHash(&r.Entry), r.Err)
 		item := &entryv1.BatchCreateEntryResponse_Result{Status: itemStatus(r.Err)}
 		if r.Entry.ID != "" && (r.Err == nil || fault.KindOf(r.Err) == fault.Exists) {
 			item.Entry = maskEntry(entryToProto(&r.Entry), req.GetOutputMask())
@@ -129,7 +131,7 @@ func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchU
 		if err != nil {
 			target = namedEntry(p.GetId())
 		}
-		log.add(target, err)
+		log.add(target, selectorsHash(&e), err)
 		item := &entryv1.BatchUpdateEntryResponse_Result{Status: itemStatus(err)}
 		if err == nil {
 			item.Entry = maskEntry(entryToProto(&e), req.GetOutputMask())
@@ -155,17 +157,17 @@ func (s *EntryService) update(ctx context.Context, p *types.Entry, mask *types.E
 
 // BatchDeleteEntry implements entryv1.EntryServer.
 func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntryRequest) (*entryv1.BatchDeleteEntryResponse, error) {
-	targets := make([]audit.Target, len(req.GetIds()))
+	targets, hashes := make([]audit.Target, len(req.GetIds())), make([]string, len(req.GetIds()))
 	for i, id := range req.GetIds() {
 		targets[i] = namedEntry(id)
 		if e, ok := s.entries.Entry(id); ok {
-			targets[i] = entryTarget(&e)
+			targets[i], hashes[i] = entryTarget(&e), selectorsHash(&e)
 		}
 	}
 	resp := &entryv1.BatchDeleteEntryResponse{Results: make([]*entryv1.BatchDeleteEntryResponse_Result, len(req.GetIds()))}
 	log := s.batch(ctx, "entry.delete", len(resp.Results))
 	for i, err := range s.entries.DeleteEntries(ctx, req.GetIds()) {
-		log.add(targets[i], err)
+		log.add(targets[i], hashes[i], err)
 		resp.Results[i] = &entryv1.BatchDeleteEntryResponse_Result{Status: itemStatus(err), Id: req.GetIds()[i]}
 	}
 	if err := log.write(ctx); err != nil {
@@ -178,7 +180,17 @@ func entryTarget(e *registry.Entry) audit.Target {
 	if e.ID == "" {
 		return audit.Target{}
 	}
-	return audit.Target{SPIFFEID: e.SPIFFEID.String(), EntryID: e.ID, EntryRevision: e.Revision}
+	return audit.Target{SPIFFEID: e.SPIFFEID.String(), ParentID: e.ParentID.String(), EntryID: e.ID, EntryRevision: e.Revision}
+}
+
+// selectorsHash stands for an entry's selectors in the audit log: who got an
+// identity can be compared there, and not read.
+func selectorsHash(e *registry.Entry) string {
+	if len(e.Selectors) == 0 {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(e.Selectors.Key()))
+	return hex.EncodeToString(sum[:])
 }
 
 // namedEntry is for an entry that only the request names: too long a name is
@@ -202,9 +214,9 @@ func (s *EntryService) batch(ctx context.Context, action string, n int) *batchLo
 	return &batchLog{audit: s.audit, origin: origin(ctx), action: action, lines: make([]audit.Line, 0, n)}
 }
 
-func (b *batchLog) add(target audit.Target, err error) {
+func (b *batchLog) add(target audit.Target, selectors string, err error) {
 	b.lines = append(b.lines, audit.Line{
-		Origin: b.origin, Action: b.action, Target: target, Why: audit.Why{Rule: "operator"}, Result: result(err),
+		Origin: b.origin, Action: b.action, Target: target, Why: audit.Why{Rule: "operator", SelectorsHash: selectors}, Result: result(err),
 	})
 }
 

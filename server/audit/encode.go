@@ -36,6 +36,7 @@ func appendLine(buf []byte, l *Line) []byte {
 	if t := l.Target; t != (Target{}) {
 		e.begin("target")
 		e.str("spiffe_id", t.SPIFFEID)
+		e.str("parent_id", t.ParentID)
 		e.str("entry_id", t.EntryID)
 		if t.EntryID != "" {
 			e.num("entry_rev", t.EntryRevision)

@@ -29,6 +29,7 @@ type parsed struct {
 	Action string `json:"action"`
 	Target struct {
 		SPIFFEID    string `json:"spiffe_id"`
+		ParentID    string `json:"parent_id"`
 		EntryID     string `json:"entry_id"`
 		EntryRev    int64  `json:"entry_rev"`
 		AgentID     string `json:"agent_id"`
@@ -79,7 +80,7 @@ func fullLine() Line {
 			SPIFFEID: "spiffe://example.org/op", Serial: "0a0b",
 		}},
 		Action: "x509_sign",
-		Target: Target{SPIFFEID: "spiffe://example.org/a", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa"},
+		Target: Target{SPIFFEID: "spiffe://example.org/a", ParentID: "spiffe://example.org/node", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa"},
 		Why:    Why{Rule: "entry", SelectorsHash: "5e", Reason: "ticket 12"},
 		Result: Result{Code: "denied", Reason: "agent_banned"},
 		Cert:   &Cert{Serial: "cc", SPKISHA256: "dd", NotBefore: time.Unix(100, 0), NotAfter: time.Unix(200, 0), IssuerSKI: "ee"},
@@ -144,7 +145,7 @@ func TestOnlyDeclaredPlainFieldsExist(t *testing.T) {
 		}
 	}
 	walk(reflect.TypeFor[Line](), "Line")
-	if fields != 25 {
+	if fields != 26 {
 		t.Errorf("Line has %d fields: a new one must be added to appendLine, to fullLine and to this number", fields)
 	}
 }

@@ -24,6 +24,7 @@ type Origin struct {
 // Target is what was acted upon; fields that don't apply stay empty.
 type Target struct {
 	SPIFFEID      string
+	ParentID      string // whose entry it is
 	EntryID       string
 	EntryRevision int64
 	AgentID       string
@@ -33,7 +34,7 @@ type Target struct {
 // Why says which rule allowed it, and for acts of people their reason.
 type Why struct {
 	Rule          string
-	SelectorsHash string
+	SelectorsHash string // tells selectors apart without telling them
 	Reason        string
 }
 
