@@ -70,7 +70,7 @@ type rooms struct {
 	node     *node.Node
 	cache    *cache.Cache
 	endpoint *endpoint.Server
-	listener *durable.Listener
+	listener *durable.KeptListener
 }
 
 // Run opens everything and serves until ctx ends. An error says what could not
@@ -84,7 +84,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.rooms.Store(r)
 	a.deps.Log.InfoContext(ctx, "serving the Workload API", slog.String("socket", a.cfg.socket()),
 		slog.String("trust_domain", a.cfg.TrustDomain))
-	err = r.serve(ctx)
+	err = a.serve(ctx, r)
 	a.rooms.Store(nil)
 	return errors.Join(err, r.state.Close())
 }
@@ -127,15 +127,20 @@ func (a *Agent) open() (_ *rooms, err error) {
 	}); err != nil {
 		return nil, err
 	}
-	if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
-		return nil, err
-	}
-	r.listener, err = durable.ListenUnix(a.cfg.socket(), 0o666)
+	r.listener, err = durable.KeepUnix(a.listen)
 	return r, err
 }
 
+// listen puts the workloads' socket in place, and its directory if need be.
+func (a *Agent) listen() (*durable.Listener, error) {
+	if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	return durable.ListenUnix(a.cfg.socket(), 0o666)
+}
+
 // serve runs the rooms until ctx ends or one of them fails.
-func (r *rooms) serve(ctx context.Context) error {
+func (a *Agent) serve(ctx context.Context, r *rooms) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		err := r.node.Run(ctx)
@@ -148,7 +153,22 @@ func (r *rooms) serve(ctx context.Context) error {
 	})
 	g.Go(func() error { return r.cache.Run(ctx) })
 	g.Go(func() error { return r.endpoint.Serve(ctx, r.listener) })
+	g.Go(func() error {
+		r.listener.Keep(ctx, func(err error) { a.tellSocket(ctx, err) })
+		return nil
+	})
 	return g.Wait()
+}
+
+// tellSocket logs what became of a socket that somebody removed or replaced.
+func (a *Agent) tellSocket(ctx context.Context, err error) {
+	path := slog.String("socket", a.cfg.socket())
+	if err != nil {
+		a.deps.Log.LogAttrs(ctx, slog.LevelError, "the socket is gone and can't be put back; open streams go on, new callers find nothing", path,
+			slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()))
+		return
+	}
+	a.deps.Log.LogAttrs(ctx, slog.LevelWarn, "the socket was removed or replaced: put it back; open streams went on", path)
 }
 
 // connector lets the cache use the node's connections.
@@ -187,7 +207,7 @@ func (a *Agent) Ready(context.Context) error {
 func ready(now time.Time, attested bool, id state.Identity, c cache.Status, socket bool) error {
 	switch {
 	case !socket:
-		return fault.New(fault.NotReady, "socket_missing", "the socket was removed or replaced by another one: restart the agent")
+		return fault.New(fault.NotReady, "socket_missing", "the socket was removed or replaced; the agent puts it back within seconds, or its log says why it can't")
 	case !attested:
 		return fault.New(fault.NotReady, "not_attested", "the agent has not joined yet: see its log")
 	case !c.Synced:

@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/agent/node"
+	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
@@ -22,9 +23,6 @@ const (
 	spirePrefix    = "spire"
 
 	apiSocket = "api.sock"
-	// maxSocketPath is what durable.ListenUnix takes: the kernel's limit less
-	// the end of a temporary name.
-	maxSocketPath = 102
 	// maxTrustDomain is in bytes (SPIFFE-ID section 2.1).
 	maxTrustDomain = 255
 )
@@ -86,23 +84,30 @@ func (c Config) checkServers() error {
 		return badConfig("server.addresses is missing: set server: {addresses: [ca.example.org:8443]}")
 	}
 	for _, address := range c.Server.Addresses {
-		if host, ok := splitAddress(address); !ok || host == "" {
-			return badConfig("server.addresses has an entry without host or port: write each as ca.example.org:8443")
+		if host, port, ok := splitAddress(address); !ok || host == "" || port == 0 {
+			return badConfig("server.addresses has %q, which is no host with a port: write it as ca.example.org:8443", address)
 		}
 	}
-	if _, ok := splitAddress(c.Metrics.Listen); !ok {
+	if _, _, ok := splitAddress(c.Metrics.Listen); !ok {
 		return badConfig("metrics.listen is not an address with a port: set metrics.listen: %s", defaultMetrics)
 	}
 	return nil
 }
 
-func splitAddress(address string) (host string, ok bool) {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return "", false
+// splitAddress takes a name or an IP address, or none, and a port in digits.
+func splitAddress(address string) (host string, port uint64, ok bool) {
+	host, digits, err := net.SplitHostPort(address)
+	if err != nil || strings.ContainsFunc(host, notInHost) {
+		return "", 0, false
 	}
-	_, err = strconv.ParseUint(port, 10, 16)
-	return host, err == nil
+	port, err = strconv.ParseUint(digits, 10, 16)
+	return host, port, err == nil
+}
+
+// notInHost says which characters neither a name nor an IP address, with its
+// zone, has.
+func notInHost(r rune) bool {
+	return r <= ' ' || r >= 0x7f || strings.ContainsRune("/@\\\"'?#,;", r)
 }
 
 func (c Config) checkPlaces() error {
@@ -117,14 +122,26 @@ func (c Config) checkPlaces() error {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
 		}
 	}
-	if len(c.socket()) > maxSocketPath {
-		return badConfig("sockets.dir is too long: %s would have %d bytes and at most %d work; set sockets.dir: %s", apiSocket, len(c.socket()), maxSocketPath, defaultSockets)
+	if len(c.socket()) > durable.MaxSocketPath {
+		return badConfig("sockets.dir is too long: %s would have %d bytes and at most %d work; set sockets.dir: %s", apiSocket, len(c.socket()), durable.MaxSocketPath, defaultSockets)
 	}
 	// The sealed file is worth little without the key, and everything with it.
 	if filepath.Clean(c.DataDir) == filepath.Clean(c.RunDir) {
 		return badConfig("data_dir and run_dir are the same directory: set run_dir: %s, on a file system in memory", defaultRunDir)
 	}
+	// Those two are the agent's alone: nobody else would reach the socket.
+	for _, private := range []string{c.DataDir, c.RunDir} {
+		if inside(c.Sockets.Dir, private) {
+			return badConfig("sockets.dir is in %s, which no workload can enter: set sockets.dir: %s", private, defaultSockets)
+		}
+	}
 	return nil
+}
+
+// inside says whether path is dir or below it.
+func inside(path, dir string) bool {
+	rest, err := filepath.Rel(dir, path)
+	return err == nil && rest != ".." && !strings.HasPrefix(rest, "../")
 }
 
 func (c Config) checkChoices() error {

@@ -9,6 +9,7 @@ import (
 	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/agent/endpoint"
 	"github.com/seed-caa81108/assay/agent/state"
+	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
@@ -46,6 +47,10 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"no port", func(c *Config) { c.Server.Addresses = []string{"ca.example.org"} }, "ca.example.org:8443"},
 		{"no host", func(c *Config) { c.Server.Addresses = []string{":8443"} }, "ca.example.org:8443"},
 		{"a large port", func(c *Config) { c.Server.Addresses = []string{"a:65536"} }, "ca.example.org:8443"},
+		{"port 0", func(c *Config) { c.Server.Addresses = []string{"a:1", "b:0"} }, `"b:0", which is no host with a port: write it as ca.example.org:8443`},
+		{"a URL", func(c *Config) { c.Server.Addresses = []string{"https://ca.example.org:8443"} }, "ca.example.org:8443"},
+		{"a space", func(c *Config) { c.Server.Addresses = []string{"ca example.org:8443"} }, "ca.example.org:8443"},
+		{"a path", func(c *Config) { c.Server.Addresses = []string{"ca.example.org/x:8443"} }, "ca.example.org:8443"},
 		{"nothing to trust", func(c *Config) { c.Pin = "" }, "pin"},
 		{"two things to trust", func(c *Config) { c.TrustBundle = "/b" }, "trust_bundle and pin"},
 		{"a short pin", func(c *Config) { c.Pin = "abcd" }, "64 hex digits"},
@@ -55,8 +60,14 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"relative token", func(c *Config) { c.JoinTokenFile = "token" }, "join_token_file: /"},
 		{"relative bundle", func(c *Config) { c.Pin, c.TrustBundle = "", "bundle" }, "trust_bundle: /"},
 		{"long socket", func(c *Config) { c.Sockets.Dir = "/" + strings.Repeat("x", 100) }, "sockets.dir: /run/assay/public"},
+		{"a socket one byte too long", func(c *Config) {
+			c.Sockets.Dir = "/" + strings.Repeat("x", durable.MaxSocketPath-len("/"+"/api.sock")+1)
+		}, "at most 102 work; set sockets.dir: /run/assay/public"},
+		{"sockets in data_dir", func(c *Config) { c.Sockets.Dir = "/var/lib/assay-agent" }, "sockets.dir: /run/assay/public"},
+		{"sockets below run_dir", func(c *Config) { c.Sockets.Dir = "/run/assay-agent/cache/x/" }, "sockets.dir: /run/assay/public"},
 		{"one directory for both", func(c *Config) { c.RunDir = "/var/lib/assay-agent/" }, "run_dir: /run"},
 		{"metrics", func(c *Config) { c.Metrics.Listen = "9403" }, "metrics.listen: 127.0.0.1:9403"},
+		{"a space in metrics", func(c *Config) { c.Metrics.Listen = "local host:9403" }, "metrics.listen: 127.0.0.1:9403"},
 		{"log level", func(c *Config) { c.Log.Level = "loud" }, "log.level: debug or info"},
 		{"log format", func(c *Config) { c.Log.Format = "xml" }, "log.format: text or json"},
 		{"prefix", func(c *Config) { c.ReservedPrefix = "x" }, "reserved_prefix: assay or spire"},
@@ -69,6 +80,13 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		if fault.KindOf(err) != fault.Precondition || !strings.HasPrefix(fault.ReasonOf(err), "config_") || !strings.Contains(fault.SafeText(err), c.names) {
 			t.Errorf("%s: %v", c.name, err)
 		}
+	}
+	fits := good()
+	fits.Sockets.Dir = "/" + strings.Repeat("x", durable.MaxSocketPath-len("/"+"/api.sock"))
+	fits.Server.Addresses = []string{"[2001:db8::1]:8443", "[fe80::1%eth0]:1", "10.0.0.1:65535", "ca_1.example-2.org.:8443", "localhost:1"}
+	fits.Metrics.Listen = ":9403"
+	if _, err := fits.Validate(); err != nil {
+		t.Error(err)
 	}
 	spire := good()
 	spire.ReservedPrefix = "spire"

@@ -37,8 +37,6 @@ const (
 	maxAdminMessage = 4 << 20
 	// drainTime is how long calls may take to finish once the server stops.
 	drainTime = 5 * time.Second
-	// socketCheck is how often a removed admin socket is looked for.
-	socketCheck = 2 * time.Second
 )
 
 // listen serves on both listeners until ctx ends.
@@ -171,33 +169,18 @@ func (s *Server) listenAdmin() (*durable.Listener, error) {
 }
 
 // serveAdmin serves the admin socket and puts it back if somebody removed it.
-func (s *Server) serveAdmin(ctx context.Context, admin *grpc.Server, first *durable.Listener) error {
+func (s *Server) serveAdmin(ctx context.Context, admin *grpc.Server, socket *durable.KeptListener) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return served(ctx, admin.Serve(first)) })
+	g.Go(func() error { return served(ctx, admin.Serve(socket)) })
 	g.Go(func() error {
-		socket := first
-		ticker := time.NewTicker(socketCheck)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-ticker.C:
-			}
-			if socket.InPlace() {
-				continue
-			}
-			next, err := s.listenAdmin()
+		socket.Keep(ctx, func(err error) {
 			if err != nil {
 				s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "admin socket is gone and can't be put back", slog.String("error", err.Error()))
-				continue
+				return
 			}
 			s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "admin socket was removed: put it back", slog.String("path", s.cfg.Admin.Socket))
-			// Connections over the old one live on; the server closes both
-			// listeners when it stops.
-			socket = next
-			g.Go(func() error { return served(ctx, admin.Serve(next)) })
-		}
+		})
+		return nil
 	})
 	return g.Wait()
 }

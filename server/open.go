@@ -20,8 +20,8 @@ import (
 
 // rooms is everything that is open while the server runs.
 type rooms struct {
-	socket    *durable.Listener // of operators
-	port      net.Listener      // of agents
+	socket    *durable.KeptListener // of operators
+	port      net.Listener          // of agents
 	store     *store.Bolt
 	audit     *audit.Log
 	authority *ca.Authority
@@ -94,7 +94,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 
 // bind opens both listeners; nothing is served on them yet.
 func (s *Server) bind(ctx context.Context, r *rooms) (err error) {
-	if r.socket, err = s.listenAdmin(); err != nil {
+	if r.socket, err = durable.KeepUnix(s.listenAdmin); err != nil {
 		return err
 	}
 	r.closers = append(r.closers, closeListener(r.socket))

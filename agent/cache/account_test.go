@@ -291,3 +291,40 @@ func TestReportsEverySVIDThatIsAlive(t *testing.T) {
 		}
 	})
 }
+
+// An open stream that was not sent its new SVID yet keeps the old one alive.
+func TestReportsWhatOpenStreamsStillHave(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		w := &ackWorld{t: t, f: f, a: a}
+		one, two := w.stream(1), w.stream(1)
+		old, until := f.signer, end(one)
+		next := newAuthority("next")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		f.with(func() { f.signer = next })
+		f.changeBundle(func() { old.tainted = true })
+		synctest.Wait() // the cache has a new SVID
+		liveUnderOld := func() *agentv1.SyncRequest_LiveSVIDs {
+			time.Sleep(31 * time.Second)
+			synctest.Wait()
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			for _, l := range last(f.reports).GetLive() {
+				if l.GetAuthorityId() == old.id() {
+					return l
+				}
+			}
+			return nil
+		}
+		w.send(one)
+		if l := liveUnderOld(); l.GetCount() != 1 || !l.GetLatestExpiry().AsTime().Equal(until) {
+			t.Errorf("with one stream left behind: %v", l)
+		}
+		w.send(two)
+		if l := liveUnderOld(); l != nil {
+			t.Errorf("with none: %v", l)
+		}
+	})
+}

@@ -21,6 +21,9 @@ import (
 // Conn is a connection to the server that is authenticated as this agent.
 type Conn interface {
 	Client() agentv1.AgentClient
+	// Ready returns nil if the server can be called, else why not. It tries
+	// again at each call.
+	Ready(ctx context.Context) error
 	// Replaced is closed when a better connection is there.
 	Replaced() <-chan struct{}
 	Release()

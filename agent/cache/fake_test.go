@@ -16,12 +16,9 @@ import (
 	"math/big"
 	"net"
 	"net/url"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
-	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,16 +26,15 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/agent/state"
 	"github.com/seed-caa81108/assay/pkg/fault"
-	"github.com/seed-caa81108/assay/pkg/selector"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
@@ -108,6 +104,7 @@ type fake struct {
 	sequence uint64
 	bundled  []*authority
 	streams  map[*fakeStream]struct{}
+	verdict  error // ends and refuses streams
 	ttl      time.Duration
 
 	hellos  []*agentv1.SyncRequest_Hello
@@ -216,6 +213,21 @@ func (f *fake) push(msgs ...*agentv1.SyncResponse) {
 	}
 }
 
+// judge ends all streams with err and refuses new ones until it is nil.
+func (f *fake) judge(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.verdict = err; err != nil {
+		f.push()
+	}
+}
+
+func (f *fake) judgement() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.verdict
+}
+
 // set makes or changes entries in one commit, remove deletes.
 func (f *fake) set(entries ...*agentv1.Entry) {
 	f.mu.Lock()
@@ -277,6 +289,10 @@ func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1
 	}
 	s := &fakeStream{out: make(chan []*agentv1.SyncResponse, 4096)}
 	f.mu.Lock()
+	if err := f.verdict; err != nil {
+		f.mu.Unlock()
+		return fault.Status(err, "R").Err()
+	}
 	f.hellos = append(f.hellos, req.GetHello())
 	s.out <- f.first(req.GetHello())
 	f.streams[s] = struct{}{}
@@ -301,6 +317,9 @@ func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1
 	for {
 		select {
 		case msgs := <-s.out:
+			if msgs == nil {
+				return fault.Status(f.judgement(), "R").Err()
+			}
 			for _, m := range msgs {
 				if err := stream.Send(proto.CloneOf(m)); err != nil {
 					return err
@@ -386,6 +405,7 @@ type connector struct {
 }
 
 type fakeConn struct {
+	fake     *fake
 	cc       *grpc.ClientConn
 	replaced chan struct{}
 }
@@ -393,6 +413,23 @@ type fakeConn struct {
 func (c *fakeConn) Client() agentv1.AgentClient { return agentv1.NewAgentClient(c.cc) }
 func (c *fakeConn) Replaced() <-chan struct{}   { return c.replaced }
 func (c *fakeConn) Release()                    {}
+
+func (c *fakeConn) Ready(ctx context.Context) error {
+	c.fake.mu.Lock()
+	up := c.fake.lis != nil
+	c.fake.mu.Unlock()
+	if !up {
+		return fault.New(fault.NotReady, "server_unreachable", "the server at server:8443 can't be reached")
+	}
+	c.cc.ResetConnectBackoff()
+	c.cc.Connect()
+	for state := c.cc.GetState(); state != connectivity.Ready; state = c.cc.GetState() {
+		if !c.cc.WaitForStateChange(ctx, state) {
+			return ctx.Err()
+		}
+	}
+	return nil
+}
 
 func (c *connector) Conn(ctx context.Context) (cache.Conn, error) {
 	c.mu.Lock()
@@ -422,7 +459,7 @@ func (c *connector) dial() *fakeConn {
 		}),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: 10 * time.Second}}),
 		grpc.WithIdleTimeout(0)))
-	return &fakeConn{cc: cc, replaced: make(chan struct{})}
+	return &fakeConn{fake: c.fake, cc: cc, replaced: make(chan struct{})}
 }
 
 func (c *connector) replace() {
@@ -442,52 +479,6 @@ func (c *connector) close() {
 		}
 	}
 	c.conn, c.old = nil, nil
-}
-
-// agent is a cache with its surroundings on one machine.
-type agent struct {
-	t      *testing.T
-	dir    string
-	fake   *fake
-	conns  *connector
-	state  *state.State
-	cache  *cache.Cache
-	reg    *prometheus.Registry
-	log    io.Writer
-	cancel context.CancelFunc
-	done   chan struct{}
-}
-
-// newAgent returns a machine whose agent has attested.
-func newAgent(t *testing.T, f *fake, dir string) *agent {
-	t.Helper()
-	a := &agent{t: t, dir: dir, fake: f, conns: &connector{fake: f}, log: io.Discard}
-	a.open()
-	a.attest("one")
-	if err := a.state.Close(); err != nil {
-		t.Fatal(err)
-	}
-	a.state = nil
-	return a
-}
-
-func (a *agent) open() {
-	a.t.Helper()
-	var err error
-	if a.state, err = state.Open(filepath.Join(a.dir, "data"), td); err != nil {
-		a.t.Fatal(err)
-	}
-}
-
-// attest gives the agent a new key and name.
-func (a *agent) attest(name string) {
-	a.t.Helper()
-	id := spiffeid.RequireFromPath(td, "/assay/agent/join_token/"+name)
-	key := must(a.state.NextKey())
-	leaf := sign(leafTemplate(id, 12*time.Hour), a.fake.signer.issuer, &key.PublicKey, a.fake.signer.issuerKey)
-	if err := a.state.SaveIdentity(state.Identity{AgentID: id, Key: key, Chain: []*x509.Certificate{leaf}}); err != nil {
-		a.t.Fatal(err)
-	}
 }
 
 func (a *agent) start() {
@@ -528,119 +519,6 @@ func (a *agent) stop() {
 			a.t.Error(err)
 		}
 		a.state = nil
-	}
-}
-
-func (a *agent) restart() {
-	a.t.Helper()
-	a.stop()
-	a.start()
-}
-
-// inBubble runs a test with a server that is up and an attested agent, which
-// is not started.
-func inBubble(t *testing.T, do func(t *testing.T, f *fake, a *agent)) {
-	t.Helper()
-	dir := t.TempDir()
-	synctest.Test(t, func(t *testing.T) {
-		f := newFake()
-		f.start()
-		a := newAgent(t, f, dir)
-		defer func() {
-			a.stop()
-			f.stop()
-		}()
-		do(t, f, a)
-	})
-}
-
-func sel(texts ...string) selector.Set {
-	var list []selector.Selector
-	for _, text := range texts {
-		list = append(list, must(selector.Parse(text)))
-	}
-	return selector.NewSet(list...)
-}
-
-var born = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
-
-// entry makes an entry spiffe://example.org/<path> with the given selectors.
-func entry(id, path string, selectors ...string) *agentv1.Entry {
-	e := &agentv1.Entry{Id: id, SpiffeId: "spiffe://example.org/" + path, CreatedAt: timestamppb.New(born)}
-	for _, s := range sel(selectors...) {
-		e.Selectors = append(e.Selectors, &agentv1.Selector{Type: s.Type, Value: s.Value})
-	}
-	return e
-}
-
-// changed returns a copy of e after do.
-func changed(e *agentv1.Entry, do func(e *agentv1.Entry)) *agentv1.Entry {
-	e = proto.CloneOf(e)
-	do(e)
-	return e
-}
-
-func ttl(d time.Duration) func(*agentv1.Entry) {
-	return func(e *agentv1.Entry) { e.X509SvidTtl = durationpb.New(d) }
-}
-
-// paths of a subscription's snapshot, or the reason why there is none.
-func paths(s *cache.Subscription) []string {
-	snap, err := s.Snapshot()
-	if err != nil {
-		return []string{"!" + fault.ReasonOf(err)}
-	}
-	var list []string
-	for _, svid := range snap.SVIDs {
-		list = append(list, svid.ID.Path()[1:])
-	}
-	return list
-}
-
-func wantPaths(t *testing.T, s *cache.Subscription, want ...string) {
-	t.Helper()
-	if got := paths(s); !slices.Equal(got, want) {
-		t.Errorf("got %v, want %v", got, want)
-	}
-}
-
-// notified says whether the subscription was told of a change, and forgets it.
-func notified(s *cache.Subscription) bool {
-	select {
-	case <-s.Changed():
-		return true
-	default:
-		return false
-	}
-}
-
-// awaitPaths waits until the subscription has the given paths, and says how
-// long that took.
-func awaitPaths(t *testing.T, s *cache.Subscription, want ...string) time.Duration {
-	t.Helper()
-	start := time.Now()
-	for !slices.Equal(paths(s), want) {
-		select {
-		case <-s.Changed():
-		case <-time.After(time.Hour):
-			t.Fatalf("after an hour: got %v, want %v", paths(s), want)
-		}
-	}
-	return time.Since(start)
-}
-
-// breakState makes the state's directory useless, mendState repairs it.
-func (a *agent) breakState() {
-	a.t.Helper()
-	if err := os.Rename(filepath.Join(a.dir, "data"), filepath.Join(a.dir, "away")); err != nil {
-		a.t.Fatal(err)
-	}
-}
-
-func (a *agent) mendState() {
-	a.t.Helper()
-	if err := os.Rename(filepath.Join(a.dir, "away"), filepath.Join(a.dir, "data")); err != nil {
-		a.t.Fatal(err)
 	}
 }
 

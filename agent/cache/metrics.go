@@ -27,13 +27,13 @@ func newMetrics(reg prometheus.Registerer, c *Cache) *metrics {
 			Name: "assay_agent_sign_failures_total", Help: "X.509-SVIDs that the server did not sign when asked, by reason.",
 		}, []string{"reason"}),
 		syncFailures: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "assay_agent_sync_failures_total", Help: "Sync streams that ended with an error, by reason. bundle_rollback needs a human.",
+			Name: "assay_agent_sync_failures_total", Help: "Sync streams that ended with an error or could not be opened, by reason. bundle_rollback and server_untrusted need a human.",
 		}, []string{"reason"}),
 		connected: desc("sync_connected", "1 while the stream to the server is open."),
 		lastSync:  desc("last_sync_timestamp_seconds", "When the agent's view was last known to be current, in seconds since 1970."),
 		entries:   desc("entries", "Entries of this node."),
 		svids:     desc("svids", "X.509-SVIDs held for workloads."),
-		earliest:  desc("svid_earliest_not_after_timestamp_seconds", "End of the workload X.509-SVID that ends first; 0 when there is none."),
+		earliest:  desc("workload_svid_earliest_not_after_timestamp_seconds", "End of the workload X.509-SVID that ends first; absent while there is none."),
 		sequence:  desc("bundle_sequence", "Sequence of the trust bundle that is served."),
 		authority: desc("authority_not_after_timestamp_seconds", "End of each root in the trust bundle that is served.", "authority"),
 	}
@@ -68,7 +68,9 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(m.lastSync, unix(s.LastSync))
 	gauge(m.entries, float64(s.Entries))
 	gauge(m.svids, float64(s.SVIDs))
-	gauge(m.earliest, unix(s.EarliestNotAfter))
+	if !s.EarliestNotAfter.IsZero() {
+		gauge(m.earliest, unix(s.EarliestNotAfter))
+	}
 	gauge(m.sequence, float64(s.BundleSequence))
 	m.cache.mu.Lock()
 	b := m.cache.bundle
@@ -85,7 +87,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 func reasonLabel(err error) string {
 	switch reason := fault.ReasonOf(err); reason {
 	case "entry_not_authorized", "no_such_workload_on_node", "svid_invalid", "bundle_rollback", "bundle_invalid",
-		"sync_protocol", "agent_banned", "agent_unknown", "agent_svid_not_active", "rate_limited", "audit_full", "store_full", "disk_full":
+		"sync_protocol", "agent_banned", "agent_unknown", "agent_svid_not_active", "rate_limited", "audit_full", "store_full", "disk_full",
+		"server_unreachable", "server_untrusted":
 		return reason
 	}
 	return fault.KindOf(err).Error()

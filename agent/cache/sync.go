@@ -23,6 +23,11 @@ const (
 	reportPause = time.Second
 	// steady is how long a stream has to live to count as a success.
 	steady = 10 * time.Second
+	// repeatEvery is how often the log says that there is still no stream.
+	repeatEvery = time.Minute
+	// succession is how long the connection of a renewed certificate may take
+	// after its first use.
+	succession = 15 * time.Second
 )
 
 // errReplaced ends a stream because there is a better connection.
@@ -32,7 +37,8 @@ type syncStream = grpc.BidiStreamingClient[agentv1.SyncRequest, agentv1.SyncResp
 
 // syncLoop keeps one stream to the server open.
 func (c *Cache) syncLoop(ctx context.Context) {
-	wait := schedule.Backoff{Max: 15 * time.Second}
+	away, refusal := schedule.Backoff{Max: 15 * time.Second}, schedule.Backoff{Min: 2 * time.Second, Max: time.Minute}
+	var outage outage
 	for {
 		conn, err := c.servers.Conn(ctx)
 		if ctx.Err() != nil {
@@ -43,26 +49,52 @@ func (c *Cache) syncLoop(ctx context.Context) {
 			err = c.follow(ctx, conn)
 			conn.Release()
 		}
-		c.setConnected(false)
-		switch {
-		case ctx.Err() != nil:
+		had := c.setConnected(false)
+		if ctx.Err() != nil {
 			return
-		case errors.Is(err, errReplaced):
-			continue
-		case now().Sub(began) >= steady:
-			wait.Reset()
 		}
-		c.metrics.syncFailures.WithLabelValues(reasonLabel(err)).Inc()
-		level := slog.LevelWarn
-		if fault.ReasonOf(err) == "bundle_rollback" {
-			level = slog.LevelError // somebody has to look at this
+		if errors.Is(err, errReplaced) {
+			continue
+		}
+		if had && now().Sub(began) >= steady {
+			away.Reset()
+			refusal.Reset()
+		}
+		wait := &away
+		if fault.KindOf(err) != fault.NotReady {
+			wait = &refusal
 		}
 		pause := wait.Next()
-		c.log.LogAttrs(ctx, level, "lost the server's stream; serving what there is", slog.String("reason", fault.ReasonOf(err)),
-			slog.String("error", err.Error()), slog.Duration("retry_in", pause))
+		c.metrics.syncFailures.WithLabelValues(reasonLabel(err)).Inc()
+		c.tellOutage(ctx, &outage, had, err, pause)
 		if schedule.Sleep(ctx, pause) != nil {
 			return
 		}
+	}
+}
+
+// outage is what the log says about one already.
+type outage struct {
+	reason string
+	told   time.Time
+}
+
+// tellOutage logs the loss of the stream and why there is no new one: at once,
+// and then now and then while the reason stays the same.
+func (c *Cache) tellOutage(ctx context.Context, o *outage, had bool, err error, pause time.Duration) {
+	at, reason, level := now(), fault.ReasonOf(err), slog.LevelWarn
+	if reason == "bundle_rollback" {
+		level = slog.LevelError // somebody has to look at this
+	}
+	why := []slog.Attr{slog.String("reason", reason), slog.String("error", err.Error()), slog.Duration("retry_in", pause)}
+	if had {
+		*o = outage{} // what keeps us away is news
+		c.log.LogAttrs(ctx, level, "lost the server's stream; serving what there is", why...)
+		return
+	}
+	if reason != o.reason || at.Sub(o.told) >= repeatEvery {
+		*o = outage{reason: reason, told: at}
+		c.log.LogAttrs(ctx, level, "can't get back to the server; serving what there is", why...)
 	}
 }
 
@@ -81,7 +113,16 @@ func (c *Cache) follow(ctx context.Context, conn Conn) error {
 		case <-stop:
 		}
 	}()
-	err := c.exchange(ctx, conn.Client())
+	err := conn.Ready(ctx)
+	if err == nil {
+		err = c.exchange(ctx, conn.Client())
+	}
+	if fault.ReasonOf(err) == "agent_svid_not_active" {
+		// The first use of a renewed certificate ends the streams of the old
+		// one; its own connection is there in a moment. Else node attests anew,
+		// which replaces the connection as well.
+		_ = schedule.Sleep(ctx, succession)
+	}
 	select {
 	case <-conn.Replaced(): // whatever else went wrong with it
 		return errReplaced
@@ -97,7 +138,7 @@ func (c *Cache) exchange(ctx context.Context, client agentv1.AgentClient) error 
 	defer talker.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // before the wait: it frees a talker that is stuck in sending
-	stream, err := client.Sync(ctx, grpc.WaitForReady(true))
+	stream, err := client.Sync(ctx)
 	if err != nil {
 		return fault.FromStatus(err)
 	}
@@ -240,14 +281,15 @@ func (c *Cache) apply(ctx context.Context, chunks []*agentv1.SyncResponse) error
 			c.dirty[g] = struct{}{}
 		}
 	}
-	if !c.connected {
+	again := !c.connected
+	if again {
 		c.connected = true
 		// The server is there again: whoever paused for it need not.
 		c.wait.Reset()
 		c.pause = time.Time{}
 	}
-	if last.GetSnapshot() {
-		c.log.InfoContext(ctx, "in sync with the server", slog.Int("entries", len(c.entries)), slog.Int("removed", removed),
+	if last.GetSnapshot() || again {
+		c.log.InfoContext(ctx, "in sync with the server", slog.Bool("snapshot", last.GetSnapshot()), slog.Int("entries", len(c.entries)), slog.Int("removed", removed),
 			slog.Int64("revision", c.revision))
 	}
 	c.flush(now())
@@ -331,11 +373,14 @@ func (c *Cache) takeBundle(from *agentv1.TrustBundle) error {
 	return c.state.SaveBundle(b)
 }
 
-func (c *Cache) setConnected(is bool) {
+// setConnected returns what it was before.
+func (c *Cache) setConnected(is bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.connected && !is {
 		c.lastSync = now()
 	}
+	was := c.connected
 	c.connected = is
+	return was
 }

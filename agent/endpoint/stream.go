@@ -12,6 +12,8 @@ import (
 
 	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
 // workloadAPI implements the SPIFFE Workload API. The profiles that are not
@@ -84,8 +86,26 @@ func (s *Server) follow(stream grpc.ServerStream, p *profile) error {
 				snap, err = f.next()
 			}
 		}
+		if fault.KindOf(err) == fault.Denied {
+			s.explain(stream.Context(), who, selectors)
+		}
 		return err
 	})
+}
+
+// explain logs what a denied caller looks like, for whoever writes its entry.
+// Selectors tell about other users' processes: the log has them on demand only.
+func (s *Server) explain(ctx context.Context, who *caller, selectors selector.Set) {
+	if !s.log.Enabled(ctx, slog.LevelDebug) {
+		return
+	}
+	texts := make([]string, 0, len(selectors))
+	for _, one := range selectors {
+		texts = append(texts, one.String())
+	}
+	c := who.Caller()
+	s.log.LogAttrs(ctx, slog.LevelDebug, "selectors of a denied caller", slog.String("request_id", rpc.RequestID(ctx)),
+		slog.Uint64("uid", uint64(c.UID)), slog.Int64("pid", int64(c.PID)), slog.Any("selectors", texts))
 }
 
 // follower is one stream at work.

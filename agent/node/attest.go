@@ -184,7 +184,7 @@ func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(cont
 	defer cancel()
 	stream, err := agentv1.NewAgentClient(cc).Attest(ctx)
 	if err != nil {
-		return fault.FromStatus(err)
+		return cc.explain(err)
 	}
 	payload, err := evidence(stream.Context())
 	if err != nil {
@@ -196,7 +196,7 @@ func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(cont
 	}}})
 	resp, err := stream.Recv()
 	if err != nil {
-		return fault.FromStatus(err)
+		return cc.explain(err)
 	}
 	if resp.GetIdentity() == nil {
 		return fault.Newf(fault.Precondition, "challenge_unexpected", "the server sent a challenge, which attestor %s has none of: upgrade the agent", attestor)
@@ -235,7 +235,7 @@ func (n *Node) renew(ctx context.Context, conn *Conn, old state.Identity) error 
 	defer cancel()
 	resp, err := conn.Client.Renew(ctx, &agentv1.RenewRequest{Csr: csr})
 	if err != nil {
-		return fault.FromStatus(err)
+		return conn.cc.explain(err)
 	}
 	// The bundle in the reply may be older than what Sync delivered in the
 	// meantime; Sync is the one road for bundles of a connected agent.

@@ -37,7 +37,7 @@ const (
 type Conn struct {
 	Client agentv1.AgentClient
 
-	cc       *grpc.ClientConn
+	cc       *link
 	replaced chan struct{}
 	trouble  chan error // capacity 1: why the server does not accept us
 
@@ -48,6 +48,10 @@ type Conn struct {
 
 // Replaced is closed when users should release this Conn and ask for another.
 func (c *Conn) Replaced() <-chan struct{} { return c.replaced }
+
+// Ready returns nil if the connection stands or can be made, else why not:
+// server_unreachable or server_untrusted, with the address.
+func (c *Conn) Ready(ctx context.Context) error { return c.cc.ready(ctx) }
 
 // Release says that the caller is done with the Conn. Each Conn that was
 // returned by Node.Conn is released once.
@@ -148,17 +152,18 @@ func (s *observedStream) RecvMsg(m any) error {
 }
 
 // dial makes a client of the configured addresses, which are tried in turn.
-func (n *Node) dial(creds credentials.TransportCredentials, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+func (n *Node) dial(creds credentials.TransportCredentials, opts ...grpc.DialOption) (*link, error) {
 	servers := manual.NewBuilderWithScheme("assay")
 	addresses := make([]resolver.Address, len(n.cfg.Addresses))
 	for i, a := range n.cfg.Addresses {
-		addresses[i] = resolver.Address{Addr: a}
+		addresses[i] = address(a)
 	}
 	servers.InitialState(resolver.State{Addresses: addresses})
+	l := &link{node: n, failed: map[string]error{}, news: make(chan struct{})}
 	cc, err := grpc.NewClient("assay:///server", append([]grpc.DialOption{
 		grpc.WithResolvers(servers),
-		grpc.WithTransportCredentials(creds),
-		grpc.WithContextDialer(n.reach),
+		grpc.WithTransportCredentials(proving{creds, l}),
+		grpc.WithContextDialer(l.dial),
 		grpc.WithNoProxy(),
 		grpc.WithUserAgent("assay-agent/" + n.cfg.Version),
 		grpc.WithDisableServiceConfig(),
@@ -174,7 +179,8 @@ func (n *Node) dial(creds credentials.TransportCredentials, opts ...grpc.DialOpt
 	if err != nil {
 		return nil, fmt.Errorf("make client: %w", err)
 	}
-	return cc, nil
+	l.ClientConn = cc
+	return l, nil
 }
 
 // anonymous are credentials without a client certificate.

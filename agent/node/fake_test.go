@@ -28,6 +28,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
@@ -104,6 +105,13 @@ type fake struct {
 	agents   map[string]*record
 	// rejoin false refuses attestor "rejoin".
 	rejoin bool
+	// away makes SignX509 fail before it looks at the caller.
+	away bool
+	// lag is how long the answers of SignX509 are on their way.
+	lag time.Duration
+	// follows are the Sync streams, by the serial that they came with; closed
+	// when that is superseded.
+	follows map[string]chan struct{}
 	// lose is how many replies of a method get lost after the work was done.
 	lose map[string]int
 	// corrupt, if set, changes what Attest and Renew answer.
@@ -121,6 +129,7 @@ func newFake() *fake {
 	return &fake{
 		root: root, tls: root, sequence: 1, bundled: []*authority{root}, tokens: map[string]string{},
 		agents: map[string]*record{}, rejoin: true, lose: map[string]int{}, calls: map[string]int{},
+		follows: map[string]chan struct{}{},
 	}
 }
 
@@ -128,7 +137,8 @@ func (f *fake) start() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lis = bufconn.Listen(1 << 20)
-	f.grpc = grpc.NewServer(grpc.Creds(f.creds()), grpc.ConnectionTimeout(5*time.Second))
+	f.grpc = grpc.NewServer(grpc.Creds(f.creds()), grpc.ConnectionTimeout(5*time.Second),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}))
 	agentv1.RegisterAgentServer(f.grpc, f)
 	go func(s *grpc.Server, l net.Listener) { _ = s.Serve(l) }(f.grpc, f.lis)
 }
@@ -316,6 +326,10 @@ func (f *fake) admit(ctx context.Context) (string, error) {
 	case r.banned:
 		return "", fault.New(fault.Denied, "agent_banned", "this agent is banned")
 	case c.Serial == r.pending:
+		if end := f.follows[r.active]; end != nil {
+			close(end)
+			delete(f.follows, r.active)
+		}
 		r.active, r.activeKey, r.pending, r.pendingKey = r.pending, r.pendingKey, "", ""
 	case c.Serial != r.active:
 		return "", fault.New(fault.Denied, "agent_svid_not_active", "this certificate was superseded")
@@ -339,13 +353,40 @@ func (f *fake) Renew(ctx context.Context, req *agentv1.RenewRequest) (*agentv1.R
 }
 
 func (f *fake) SignX509(ctx context.Context, _ *agentv1.SignX509Request) (*agentv1.SignX509Response, error) {
+	defer func() { time.Sleep(f.lag) }() // without the lock
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.calls["SignX509"]++
+	if f.away {
+		return nil, errLost
+	}
 	if _, err := f.admit(ctx); err != nil {
 		return nil, wire(err)
 	}
 	return &agentv1.SignX509Response{}, nil
+}
+
+// Sync sends one message and ends when the caller's certificate is superseded,
+// as the server does.
+func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1.SyncResponse]) error {
+	end := make(chan struct{})
+	f.mu.Lock()
+	f.calls["Sync"]++
+	_, err := f.admit(stream.Context())
+	f.follows[rpc.CallerFrom(stream.Context()).Serial] = end
+	f.mu.Unlock()
+	if err != nil {
+		return wire(err)
+	}
+	if err := stream.Send(&agentv1.SyncResponse{}); err != nil {
+		return err
+	}
+	select {
+	case <-end:
+		return wire(fault.New(fault.Denied, "agent_svid_not_active", "this certificate was superseded"))
+	case <-stream.Context().Done():
+		return errLost
+	}
 }
 
 // with does something to the server under its lock.
@@ -359,6 +400,13 @@ func (f *fake) count(method string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.calls[method]
+}
+
+// known is how many agents there are.
+func (f *fake) known() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.agents)
 }
 
 func (f *fake) addToken(token string) { f.with(func() { f.tokens[token] = "" }) }

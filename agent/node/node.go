@@ -147,9 +147,10 @@ func (n *Node) run(ctx context.Context) error {
 
 // retry does what until it succeeds, ctx ends or the server's verdict on this
 // agent makes trying again pointless. It counts attempts under step, if any.
-// Pauses after a refusal grow longer than those for a server that is away.
+// Pauses after a refusal begin at a second and grow longer than those for a
+// server that is away.
 func (n *Node) retry(ctx context.Context, what, step string, do func(context.Context) error) error {
-	away, refusal := schedule.Backoff{Max: 15 * time.Second}, schedule.Backoff{Max: time.Minute}
+	away, refusal := schedule.Backoff{Max: 15 * time.Second}, schedule.Backoff{Min: 2 * time.Second, Max: time.Minute}
 	for {
 		err := do(ctx)
 		if ctx.Err() != nil {
@@ -198,11 +199,11 @@ func (n *Node) connect(ctx context.Context, id state.Identity) (*Conn, error) {
 			return errors.Join(errNotAccepted, errExpired)
 		}
 		conn.cc.ResetConnectBackoff()
-		err := n.probe(ctx, conn.Client)
+		err := n.probe(ctx, conn)
 		if verdict := verdictOf(err); verdict != nil {
 			return verdict
 		}
-		if err == nil || fault.KindOf(err) != fault.NotReady {
+		if err == nil || !fromTransport(err) {
 			return err
 		}
 		if failures++; failures%patience == 0 && n.reachableWithoutCertificate(ctx) {
@@ -217,13 +218,17 @@ func (n *Node) connect(ctx context.Context, id state.Identity) (*Conn, error) {
 	return conn, nil
 }
 
+// fromTransport tells a broken connection from a server that answers that it
+// can't help now: the latter gives a reason.
+func fromTransport(err error) bool { return fault.ReasonOf(err) == fault.NotReady.Error() }
+
 // probe is the cheapest authenticated call: a batch of nothing. A server that
 // refuses an empty batch has authenticated the agent before it looked.
-func (n *Node) probe(ctx context.Context, client agentv1.AgentClient) error {
+func (n *Node) probe(ctx context.Context, conn *Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	_, err := client.SignX509(ctx, &agentv1.SignX509Request{})
-	if err = fault.FromStatus(err); fault.KindOf(err) == fault.Invalid {
+	_, err := conn.Client.SignX509(ctx, &agentv1.SignX509Request{})
+	if err = conn.cc.explain(err); fault.KindOf(err) == fault.Invalid {
 		return nil
 	}
 	return err

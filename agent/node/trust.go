@@ -200,7 +200,7 @@ func (n *Node) fetchPinned(ctx context.Context) (*state.Bundle, error) {
 	defer cancel()
 	resp, err := agentv1.NewAgentClient(cc).Bundle(ctx, &agentv1.BundleRequest{}, grpc.WaitForReady(false))
 	if err != nil {
-		return nil, fault.FromStatus(err)
+		return nil, cc.explain(err)
 	}
 	for _, a := range resp.GetBundle().GetX509Authorities() {
 		root, err := state.ParseAuthority("", a.GetCertificate(), false)

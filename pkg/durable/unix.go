@@ -18,6 +18,8 @@ const (
 	maxSocketPath = 107
 	// bindSuffix is the length of what is appended for the time before rename.
 	bindSuffix = 5
+	// MaxSocketPath is how many bytes the path of a socket may have.
+	MaxSocketPath = maxSocketPath - bindSuffix
 	// backlog is cut down by the kernel to net.core.somaxconn.
 	backlog = 4096
 )
@@ -39,9 +41,9 @@ type Listener struct {
 // set the mode, listen, rename into place. So the path always has a socket with
 // the right mode that answers, and a dead one is replaced without a gap.
 func ListenUnix(path string, perm fs.FileMode) (*Listener, error) {
-	if len(path) > maxSocketPath-bindSuffix {
+	if len(path) > MaxSocketPath {
 		return nil, fault.Newf(fault.Precondition, "socket_path_too_long",
-			"socket path %s has %d bytes, at most %d work: choose a shorter directory", path, len(path), maxSocketPath-bindSuffix)
+			"socket path %s has %d bytes, at most %d work: choose a shorter directory", path, len(path), MaxSocketPath)
 	}
 	if err := CheckWritable(path); err != nil {
 		return nil, err

@@ -1,0 +1,213 @@
+package cache_test
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+func TestEntriesThatCantBeServedAreLeftOut(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		bad := map[string]func(*agentv1.Entry){
+			"no selectors":         func(e *agentv1.Entry) { e.Selectors = nil },
+			"empty selector":       func(e *agentv1.Entry) { e.Selectors[0].Value = "" },
+			"foreign trust domain": func(e *agentv1.Entry) { e.SpiffeId = "spiffe://other.org/x" },
+			"trust domain itself":  func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org" },
+			"the server":           func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org/assay/server" },
+			"an agent":             func(e *agentv1.Entry) { e.SpiffeId = "spiffe://example.org/assay/agent/x" },
+			"not an ID":            func(e *agentv1.Entry) { e.SpiffeId = "web" },
+		}
+		list := []*agentv1.Entry{entry("good", "web", "unix:uid:1")}
+		for name, spoil := range bad {
+			list = append(list, changed(entry(name, "bad", "unix:uid:1"), spoil))
+		}
+		f.set(list...)
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if !slices.Equal(f.seen().signed, []string{"good"}) {
+			t.Errorf("signed %v", f.seen().signed)
+		}
+		// One that becomes bad is not served as it was before.
+		f.set(changed(entry("good", "web", "unix:uid:1"), bad["an agent"]))
+		synctest.Wait()
+		wantPaths(t, s, "!no_identity")
+	})
+}
+
+// A taint makes holders renew at once, soonest end first; until the server
+// signs under another root there is no storm.
+func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		for i := range 100 {
+			f.set(entry(fmt.Sprint(i), fmt.Sprintf("w/%d", i), "unix:uid:1"))
+		}
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		must(s.Snapshot())
+		old, next := f.signer, newAuthority("root 2")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		synctest.Wait()
+		f.with(func() { f.signer = next })
+		start, before := time.Now(), len(f.seen().signed)
+		f.changeBundle(func() { old.tainted = true })
+		synctest.Wait()
+		for _, svid := range must(s.Snapshot()).SVIDs {
+			if svid.AuthorityID != next.id() {
+				t.Fatalf("%v is still under the old root", svid.ID)
+			}
+		}
+		if time.Since(start) > 0 || len(f.seen().signed)-before != 100 {
+			t.Errorf("%d signatures in %v", len(f.seen().signed)-before, time.Since(start))
+		}
+		// The server's own root gets tainted without a successor.
+		before = len(f.seen().signed)
+		f.changeBundle(func() { next.tainted = true })
+		time.Sleep(10 * time.Minute)
+		if n := len(f.seen().signed) - before; n < 200 || n > 10_000 {
+			t.Errorf("%d signatures", n)
+		}
+	})
+}
+
+func TestResumesWhereItWas(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.chunk = 1 // every snapshot comes in several messages
+		f.set(entry("1", "a", "unix:uid:1"), entry("2", "b", "unix:uid:1"), entry("3", "c", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "a", "b", "c")
+		f.stop()
+		f.set(entry("4", "d", "unix:uid:1"))
+		f.remove("1")
+		f.start()
+		awaitPaths(t, s, "b", "c", "d")
+		h := last(f.seen().hellos)
+		if h.GetEpoch() != "epoch-1" || h.GetRevision() != 1 || h.GetBundleSequence() != 1 || h.GetAgentVersion() != "test" {
+			t.Errorf("hello: %v", h)
+		}
+		if len(f.seen().signed) != 4 {
+			t.Errorf("signed %v", f.seen().signed)
+		}
+		// Another store: all anew.
+		f.stop()
+		f.with(func() {
+			f.epoch, f.revision = "epoch-2", 1
+			delete(f.entries, "2")
+		})
+		f.start()
+		awaitPaths(t, s, "c", "d")
+		// Another agent ID: the revision is worth nothing either.
+		a.stop()
+		a.open()
+		a.attest("two")
+		a.start()
+		synctest.Wait()
+		if h := last(f.seen().hellos); h.GetEpoch() != "" || h.GetRevision() != 0 {
+			t.Errorf("hello of another agent: %v", h)
+		}
+	})
+}
+
+func TestReplacedConnectionIsLeftAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		a.start()
+		synctest.Wait()
+		a.conns.replace()
+		synctest.Wait()
+		start := time.Now()
+		if len(f.seen().hellos) != 2 || f.seen().streams != 1 {
+			t.Errorf("%d hellos, %d streams", len(f.seen().hellos), f.seen().streams)
+		}
+		f.set(entry("1", "web", "unix:uid:1"))
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if time.Since(start) > 0 {
+			t.Error("took time")
+		}
+	})
+}
+
+func TestRolledBackBundleIsRefusedWithTheMessageThatBroughtIt(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.sequence = 5
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		f.stop()
+		f.with(func() { f.sequence = 4 })
+		f.remove("1")
+		f.start()
+		time.Sleep(time.Minute)
+		if snap, err := s.Snapshot(); err != nil || snap.BundleSequence != 5 {
+			t.Errorf("serves %+v, %v", snap, err)
+		}
+		if b, _ := a.state.Bundle(); b.Sequence != 5 {
+			t.Errorf("state has %d", b.Sequence)
+		}
+		f.with(func() { f.sequence = 6 })
+		awaitPaths(t, s, "!no_identity")
+	})
+}
+
+// A change to a view that the agent does not have is no view.
+func TestChangeOfAnotherEpochIsNotApplied(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		f.with(func() {
+			f.push(&agentv1.SyncResponse{Epoch: "other", Revision: 99, RemovedEntryIds: []string{"1"}, Entries: []*agentv1.Entry{entry("2", "x", "unix:uid:1")}})
+		})
+		synctest.Wait()
+		wantPaths(t, s, "web")
+		time.Sleep(10 * time.Second)
+		if h := last(f.seen().hellos); h.GetEpoch() != "" || h.GetRevision() != 0 {
+			t.Errorf("hello: %v", h)
+		}
+		wantPaths(t, s, "web")
+	})
+}
+
+func TestPurgeLeavesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		if err := a.cache.Purge(); err != nil {
+			t.Fatal(err)
+		}
+		if !notified(s) {
+			t.Error("not told")
+		}
+		wantPaths(t, s, "!no_identity")
+		f.set(entry("2", "late", "unix:uid:1"))
+		time.Sleep(time.Minute)
+		wantPaths(t, s, "!no_identity")
+		f.stop()
+		a.restart()
+		s2 := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s2.Close()
+		wantPaths(t, s2, "!not_synced")
+	})
+}
