@@ -116,7 +116,7 @@ func (c Config) checkPlaces() error {
 		{"run_dir", c.RunDir, defaultRunDir},
 		{"sockets.dir", c.Sockets.Dir, defaultSockets},
 		{"trust_bundle", c.TrustBundle, "/etc/assay-agent/bundle.pem"},
-		{"join_token_file", c.JoinTokenFile, "/etc/assay-agent/join-token"},
+		{"join_token_file", c.JoinTokenFile, "/etc/assay-agent/join.token"},
 	} {
 		if place.path != "" && (!filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0)) {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)

@@ -82,8 +82,9 @@ func TestValidate(t *testing.T) {
 		t.Errorf("exit %d: %s%s", code, out, errs)
 	}
 	for text, want := range map[string]string{
-		"":                                  "error: config_invalid: trust_domain is missing",
-		"trust_domain: a.org\nlisten_: x\n": "error: config_invalid: " + p.config + `: line 2: unknown key "listen_"`,
+		"": "error: config_invalid: trust_domain is missing",
+		"trust_domain: a.org\nlisten: 127.0.0.1:9402\n":       "error: config_invalid: listen and metrics.listen are the same address",
+		"trust_domain: a.org\nlisten_: x\n":                   "error: config_invalid: " + p.config + `: line 2: unknown key "listen_"`,
 		"trust_domain: a.org\nca:\n  x509_svid_ttl: 1 hour\n": "error: config_invalid: " + p.config + `: line 3: ca.x509_svid_ttl: "1 hour" is not a duration`,
 	} {
 		if err := os.WriteFile(p.config, []byte(text), 0o600); err != nil {
@@ -112,6 +113,39 @@ func TestSealKeyIsNeverOverwritten(t *testing.T) {
 	}
 	if code, _, errs := execute(t, "seal-key"); code != 64 || !strings.HasPrefix(errs, "error: usage: ") {
 		t.Errorf("exit %d: %s", code, errs)
+	}
+}
+
+func TestUsageNamesEveryCommand(t *testing.T) {
+	if code, _, errs := execute(t); code != 64 || !strings.HasPrefix(errs, "error: usage: name a command: run, validate, healthcheck or seal-key;") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+}
+
+// A port in use gets free: the exit code is one after which the unit restarts.
+func TestServerWithItsPortInUseExitsForARestart(t *testing.T) {
+	p := newPlace(t)
+	if code, _, errs := execute(t, "seal-key", filepath.Join(p.dir, "etc", "seal.key")); code != 0 {
+		t.Fatal(errs)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	text, err := os.ReadFile(p.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.Replace(text, []byte("listen: 127.0.0.1:0\n"), []byte("listen: "+l.Addr().String()+"\n"), 1)
+	if err := os.WriteFile(p.config, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "run", "--config", p.config)
+	cmd.Env = append(os.Environ(), childVariable+"=1")
+	log, _ := cmd.CombinedOutput() // the code says more
+	if code := cmd.ProcessState.ExitCode(); code != 69 || !bytes.Contains(log, []byte("error: config_listen: listen: "+l.Addr().String())) {
+		t.Errorf("exit %d: %s", code, log)
 	}
 }
 

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -119,14 +117,14 @@ func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Co
 	defer cancel()
 	resp, err := call(ctx, req)
 	if err != nil {
-		return resp, callError(ctx, err, "the server's admin socket", "unix", s.path)
+		return resp, callError(ctx, err, peer{name: "the server's admin socket", network: "unix", address: s.path})
 	}
 	return resp, nil
 }
 
 // callError turns what a call returned into a fault that says what to do: the
 // peer's own words if it answered, else why it can't be reached.
-func callError(ctx context.Context, err error, what, network, address string) error {
+func callError(ctx context.Context, err error, p peer) error {
 	st, _ := status.FromError(err)
 	if answered(st) {
 		return fault.FromStatus(err)
@@ -134,10 +132,10 @@ func callError(ctx context.Context, err error, what, network, address string) er
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):
 		return fault.New(fault.NotReady, "interrupted", "interrupted before an answer came")
-	case st.Code() == codes.DeadlineExceeded && reachable(network, address) == nil:
-		return fault.Newf(fault.NotReady, "timeout", "no answer from %s %s in time: see its log, or allow more time", what, address)
+	case st.Code() == codes.DeadlineExceeded && p.reachable() == nil:
+		return fault.New(fault.NotReady, "timeout", "no answer from "+p.String()+" in time: see its log, or allow more time")
 	case st.Code() == codes.Unavailable || st.Code() == codes.DeadlineExceeded:
-		return unreachable(what, network, address)
+		return p.unreachable()
 	}
 	return fault.FromStatus(err)
 }
@@ -150,29 +148,4 @@ func answered(st *status.Status) bool {
 		}
 	}
 	return false
-}
-
-// reachable tries the peer's address once, to say what is wrong with it.
-func reachable(network, address string) error {
-	conn, err := net.DialTimeout(network, address, time.Second)
-	if err != nil {
-		return err
-	}
-	return conn.Close()
-}
-
-// unreachable explains a failed connection by what the kernel says about it.
-func unreachable(what, network, address string) error {
-	err := reachable(network, address)
-	switch {
-	case err == nil:
-		return fault.New(fault.NotReady, "unavailable", what+" "+address+" takes connections but gives no answer: see its log")
-	case errors.Is(err, fs.ErrNotExist):
-		return fault.New(fault.NotReady, "unreachable", what+" "+address+" does not exist: start the daemon, or name another with --socket")
-	case errors.Is(err, fs.ErrPermission):
-		return fault.New(fault.Denied, "socket_denied", "no permission for "+what+" "+address+": run as root or as a member of its group")
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return fault.New(fault.NotReady, "unreachable", "nobody listens on "+what+" "+address+": start the daemon")
-	}
-	return fault.Wrap(fault.NotReady, err, "unreachable", "can't connect to "+what+" "+address)
 }

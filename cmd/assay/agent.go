@@ -8,6 +8,8 @@ import (
 	"github.com/spf13/cobra"
 	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
 )
 
 // agentList is what `agent list -o json` prints.
@@ -17,12 +19,14 @@ type agentList struct {
 
 // agentShape is one agent as the server has it on record. Serial is that of
 // its active X.509-SVID; SVIDExpiresAt is null for an agent without one.
+// Connected says whether the server has a stream to it open.
 type agentShape struct {
 	ID            string     `json:"id"`
 	Attestor      string     `json:"attestor"`
 	Serial        string     `json:"serial"`
 	SVIDExpiresAt *time.Time `json:"svid_expires_at"`
 	Selectors     []string   `json:"selectors"`
+	Connected     bool       `json:"connected"`
 	Banned        bool       `json:"banned"`
 	CanReattest   bool       `json:"can_reattest"`
 	Version       string     `json:"version"`
@@ -39,11 +43,14 @@ func newAgentListCommand(t *tool) *cobra.Command {
 		Long: `List the agents on record, also those that are not connected.
 
   $ assay agent list
-  $ assay agent list -o json | jq -r '.agents[] | select(.banned) | .id'`,
+  $ assay agent list -o json | jq -r '.agents[] | select(.connected | not) | .id'`,
 		Args: noArgs,
 		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
 			agents, err := listAgents(ctx, s)
 			if err != nil {
+				return err
+			}
+			if err := markConnected(ctx, s, agents); err != nil {
 				return err
 			}
 			return t.print(agentList{Agents: agents}, func(w io.Writer) error { return writeAgents(w, agents) })
@@ -64,6 +71,22 @@ func listAgents(ctx context.Context, s *serverConn) ([]agentShape, error) {
 	return agents, err
 }
 
+// markConnected asks for what SPIRE's form of an agent has no field for.
+func markConnected(ctx context.Context, s *serverConn, agents []agentShape) error {
+	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+	if err != nil {
+		return err
+	}
+	connected := map[string]bool{}
+	for _, a := range state.GetAgents() {
+		connected[a.GetId()] = a.GetConnected()
+	}
+	for i := range agents {
+		agents[i].Connected = connected[agents[i].ID]
+	}
+	return nil
+}
+
 func agentFromProto(a *types.Agent) agentShape {
 	return agentShape{
 		ID: idFromProto(a.GetId()), Attestor: a.GetAttestationType(), Serial: a.GetX509SvidSerialNumber(),
@@ -73,13 +96,13 @@ func agentFromProto(a *types.Agent) agentShape {
 }
 
 func writeAgents(w io.Writer, agents []agentShape) error {
-	rows := table{header: []string{"ID", "ATTESTOR", "SVID EXPIRES", "STATE", "VERSION"}}
+	rows := table{header: []string{"ID", "ATTESTOR", "CONNECTED", "SVID EXPIRES", "STATE", "VERSION"}}
 	for _, a := range agents {
 		state := "ok"
 		if a.Banned {
 			state = "banned"
 		}
-		rows.add(a.ID, a.Attestor, stampOf(a.SVIDExpiresAt), state, a.Version)
+		rows.add(a.ID, a.Attestor, yesNo(a.Connected), stampOf(a.SVIDExpiresAt), state, a.Version)
 	}
 	return rows.write(w)
 }

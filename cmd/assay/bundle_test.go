@@ -286,6 +286,10 @@ func TestVerifyRefusesABadSVID(t *testing.T) {
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	leaf, _ := p.leaf(web, nil)
+	mixed := writePEM(t, "mixed.pem", p.root, leaf)
+	unusable, _ := p.leaf("spiffe://example.org", func(c *x509.Certificate) { c.IsCA = true })
+	idle := writePEM(t, "idle.pem", unusable)
 	cases := map[string]struct {
 		svid, bundle, id, reason string
 		code                     int
@@ -299,6 +303,10 @@ func TestVerifyRefusesABadSVID(t *testing.T) {
 		"one purpose":       {make1(web, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), bundle, "", "svid_invalid", 65},
 		"no signature":      {make1(web, func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }), bundle, "", "svid_invalid", 65},
 		"another root":      {good, writePEM(t, "bundle.pem", stranger.root), "", "svid_invalid", 65},
+		"leaf as bundle":    {good, good, "", "bundle_invalid", 65},
+		"arguments swapped": {bundle, good, "", "bundle_invalid", 65},
+		"leaf among roots":  {good, mixed, "", "bundle_invalid", 65},
+		"CA without usage":  {good, idle, "", "bundle_invalid", 65},
 		"a root as leaf":    {bundle, bundle, "", "svid_invalid", 65},
 		"another ID":        {good, bundle, "spiffe://example.org/db", "svid_id_mismatch", 65},
 		"broken file":       {garbage, bundle, "", "file_malformed", 65},

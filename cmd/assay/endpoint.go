@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 
@@ -95,7 +96,22 @@ func (e endpoint) explain(ctx context.Context, err error) error {
 	if _, ok := status.FromError(err); !ok {
 		return fault.Wrap(fault.Invalid, err, "bad_answer", "the Workload API's answer is unusable")
 	}
-	return callError(ctx, err, "the Workload API", e.network, e.address)
+	return withIDs(callError(ctx, err, peer{name: "the Workload API", network: e.network, address: e.address, open: true}))
+}
+
+// withIDs tells a process without an identity what an entry would have to name.
+func withIDs(err error) error {
+	if fault.ReasonOf(err) != "no_identity" {
+		return err
+	}
+	return reword(err, fmt.Sprintf("%s: no entry for this node fits this process, uid %d and gid %d; compare with `assay entry list` on the server",
+		fault.SafeText(err), os.Geteuid(), os.Getegid()))
+}
+
+// reword gives the fault of a peer another text; its kind, its reason and the
+// id under which the peer has logged it stay.
+func reword(err error, text string) error {
+	return fault.FromStatus(fault.Status(fault.New(fault.KindOf(err), fault.ReasonOf(err), text), fault.RequestIDOf(err)).Err())
 }
 
 // retries makes watches retry with jitter and within 10 s: go-spiffe's own

@@ -53,6 +53,18 @@ func (e entryShape) ttl() string {
 	return text
 }
 
+// ended says whether the entry gives its identity no more. The server keeps it
+// until somebody deletes it.
+func (e entryShape) ended(now time.Time) bool { return e.ExpiresAt != nil && !now.Before(*e.ExpiresAt) }
+
+// expires writes the end by this host's clock, which is the server's as well.
+func (e entryShape) expires(now time.Time) string {
+	if e.ended(now) {
+		return stampOf(e.ExpiresAt) + " (expired)"
+	}
+	return stampOf(e.ExpiresAt)
+}
+
 // write prints one entry as lines of name and value.
 func (e entryShape) write(w io.Writer) error {
 	t := table{}
@@ -70,7 +82,7 @@ func (e entryShape) write(w io.Writer) error {
 		t.add("hint", e.Hint)
 	}
 	if e.ExpiresAt != nil {
-		t.add("expires", stampOf(e.ExpiresAt))
+		t.add("expires", e.expires(time.Now()))
 	}
 	t.add("created", stampOf(e.CreatedAt))
 	t.add("revision", strconv.FormatInt(e.Revision, 10))
@@ -131,7 +143,9 @@ func newEntryCreateCommand(t *tool) *cobra.Command {
 node of the parent (an agent's SPIFFE ID), get the SPIFFE ID.
 
 The entry is printed. If one with the same IDs and selectors exists, that one
-is printed and the exit code is 75.
+is printed and the exit code is 75. An entry that nobody can match yet is
+created all the same, with a warning on standard error: one with a unix
+selector that this version does not know, or for an agent that is not on record.
 
   $ assay entry create --spiffe-id spiffe://example.org/web \
       --parent-id spiffe://example.org/assay/agent/join_token/6d1f... \
@@ -170,10 +184,23 @@ func (t *tool) createEntry(ctx context.Context, s *serverConn, f entryFlags) err
 		if err := t.print(shape, shape.write); err != nil {
 			return err
 		}
+		failed = shape.explain(failed, time.Now())
 	} else if failed == nil {
 		return badAnswer("the entry that was created")
 	}
+	if failed == nil {
+		t.warnOfEntry(ctx, s, result.GetEntry())
+	}
 	return failed
+}
+
+// explain adds to "there is one" why that one may be of no use.
+func (e entryShape) explain(err error, now time.Time) error {
+	if fault.ReasonOf(err) != "entry_exists" || !e.ended(now) {
+		return err
+	}
+	return fault.Newf(fault.KindOf(err), fault.ReasonOf(err), "%s; it ended at %s: delete it first (assay entry delete %s)",
+		fault.SafeText(err), stampOf(e.ExpiresAt), e.ID)
 }
 
 // badAnswer is a server that breaks its own API.
@@ -263,9 +290,10 @@ func (t *tool) listEntries(ctx context.Context, s *serverConn, f entryFilter) er
 		return err
 	}
 	return t.print(doc, func(w io.Writer) error {
-		rows := table{header: []string{"ID", "SPIFFE ID", "PARENT ID", "SELECTORS", "TTL", "HINT"}}
+		rows := table{header: []string{"ID", "SPIFFE ID", "PARENT ID", "SELECTORS", "TTL", "EXPIRES", "HINT"}}
+		now := time.Now()
 		for _, e := range doc.Entries {
-			rows.add(e.ID, e.SPIFFEID, e.ParentID, strings.Join(e.Selectors, ","), e.ttl(), e.Hint)
+			rows.add(e.ID, e.SPIFFEID, e.ParentID, strings.Join(e.Selectors, ","), e.ttl(), e.expires(now), e.Hint)
 		}
 		return rows.write(w)
 	})

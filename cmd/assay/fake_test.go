@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
@@ -125,6 +126,9 @@ func (f fakeEntries) BatchCreateEntry(_ context.Context, req *spireentry.BatchCr
 		case "/twice":
 			result.Status = itemStatus(fault.New(fault.Exists, "entry_exists", "an entry with these IDs and selectors exists"))
 			result.Entry = f.entries[0]
+		case "/ended":
+			result.Status = itemStatus(fault.New(fault.Exists, "entry_exists", "an entry with these IDs and selectors exists"))
+			result.Entry = f.entries[2]
 		case "/assay/server":
 			result.Status = itemStatus(fault.New(fault.Denied, "id_reserved", "this path is reserved"))
 			result.Entry = nil
@@ -198,6 +202,18 @@ func (f fakeAgents) ListAgents(_ context.Context, req *spireagent.ListAgentsRequ
 	return &spireagent.ListAgentsResponse{Agents: page, NextPageToken: next}, nil
 }
 
+func (f fakeAgents) GetAgent(_ context.Context, req *spireagent.GetAgentRequest) (*types.Agent, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	for _, a := range f.agents {
+		if a.GetId().GetPath() == req.GetId().GetPath() {
+			return a, nil
+		}
+	}
+	return nil, fault.Status(fault.New(fault.NotFound, "agent_unknown", "no agent has this ID"), "REQ8").Err()
+}
+
 func (f fakeAgents) CreateJoinToken(_ context.Context, req *spireagent.CreateJoinTokenRequest) (*types.JoinToken, error) {
 	if err := f.begin(); err != nil {
 		return nil, err
@@ -249,7 +265,9 @@ func sends(messages ...*workload.X509SVIDResponse) func(workload.SpiffeWorkloadA
 			}
 		}
 		<-stream.Context().Done()
-		return nil
+		// Not nil: the server may see the caller's deadline first, and a stream
+		// that ends well without a message is another thing.
+		return status.FromContextError(stream.Context().Err()).Err()
 	}
 }
 

@@ -79,13 +79,13 @@ func populated(p *pki) *fakeServer {
 			{
 				Id: "e-1", SpiffeId: id("/web"), ParentId: id("/assay/agent/join_token/01"),
 				Selectors: selectors("unix", "uid:1000", "unix", "path:/usr/bin/web"), X509SvidTtl: 1800,
-				DnsNames: []string{"web.example.org"}, Hint: "internal", ExpiresAt: 1800000000, CreatedAt: 1790000000, RevisionNumber: 2,
+				DnsNames: []string{"web.example.org"}, Hint: "internal", ExpiresAt: farAway.Unix(), CreatedAt: 1790000000, RevisionNumber: 2,
 			},
 			{
 				Id: "e-22", SpiffeId: id("/db"), ParentId: id("/assay/agent/join_token/02"),
 				Selectors: selectors("unix", "uid:70"), CreatedAt: 1790000001, Hint: "evil\x1b[2J\nline",
 			},
-			{Id: "e-3", SpiffeId: id("/job"), ParentId: id("/assay/agent/join_token/02"), Selectors: selectors("unix", "uid:71"), CreatedAt: 1790000002},
+			{Id: "e-3", SpiffeId: id("/job"), ParentId: id("/assay/agent/join_token/02"), Selectors: selectors("unix", "uid:71"), ExpiresAt: longAgo.Unix(), CreatedAt: 1790000002},
 		},
 		agents: []*types.Agent{
 			{
@@ -111,6 +111,7 @@ func TestServerVerbsPrintGoldenTextAndJSON(t *testing.T) {
 		{"status", []string{"status"}, 0},
 		{"entry_list", []string{"entry", "list"}, 0},
 		{"entry_show", []string{"entry", "show", "e-1"}, 0},
+		{"entry_show_expired", []string{"entry", "show", "e-3"}, 0},
 		{"entry_create", []string{
 			"entry", "create", "--spiffe-id", "spiffe://example.org/new", "--parent-id", "spiffe://example.org/assay/agent/join_token/01",
 			"--selector", "unix:uid:5", "--ttl", "30m", "--dns", "new.example.org", "--hint", "h",
@@ -118,6 +119,10 @@ func TestServerVerbsPrintGoldenTextAndJSON(t *testing.T) {
 		{"entry_create_exists", []string{
 			"entry", "create", "--spiffe-id", "spiffe://example.org/twice", "--parent-id", "spiffe://example.org/assay/agent/join_token/01",
 			"--selector", "unix:uid:5",
+		}, 75},
+		{"entry_create_ended", []string{
+			"entry", "create", "--spiffe-id", "spiffe://example.org/ended", "--parent-id", "spiffe://example.org/assay/agent/join_token/02",
+			"--selector", "unix:uid:71",
 		}, 75},
 		{"entry_delete_some", []string{"entry", "delete", "e-1", "x-2", "e-3", "x-4"}, 69},
 		{"entry_delete", []string{"entry", "delete", "e-1"}, 0},

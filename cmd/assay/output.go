@@ -114,6 +114,12 @@ func unsafe(r rune) bool { return !unicode.IsPrint(r) }
 // oneLine makes sure that an error stays one line whatever it quotes.
 func oneLine(s string) string { return plain(strings.TrimRight(s, "\n")) }
 
+// warn prints on standard error what does not change the exit code.
+func (t *tool) warn(err error) {
+	shape := describe(err)
+	_, _ = fmt.Fprintln(t.stderr, oneLine("warning: "+shape.Reason+": "+shape.Message)) // with standard error gone nobody can be told
+}
+
 // quote is for words of the command line in messages; long ones are cut.
 func quote(s string) string {
 	const most = 64
@@ -172,6 +178,13 @@ func remaining(until, now time.Time) string {
 		return span(left) + " left"
 	}
 	return "expired"
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
 }
 
 // list never is null in JSON.

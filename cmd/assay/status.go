@@ -213,11 +213,7 @@ func (s statusShape) lagging() table {
 			more++
 			continue
 		}
-		connected := "no"
-		if a.Connected {
-			connected = "yes"
-		}
-		t.add(a.ID, connected, strconv.FormatUint(a.AcknowledgedSequence, 10), stampOf(a.WaitsUntil), stampOf(a.LastSeen))
+		t.add(a.ID, yesNo(a.Connected), strconv.FormatUint(a.AcknowledgedSequence, 10), stampOf(a.WaitsUntil), stampOf(a.LastSeen))
 	}
 	if more > 0 {
 		t.add(fmt.Sprintf("and %d more", more), " ", " ", " ", " ")

@@ -83,6 +83,20 @@ func (p *picker) pick(c *workloadapi.X509Context) (material, error) {
 	return m, nil
 }
 
+// positional says whether files of m would be told apart by their place alone:
+// several identities came and nothing was said to pick one.
+func (p *picker) positional(m material) bool {
+	return len(m.svids) > 1 && p.id == "" && !p.hintSet
+}
+
+// errSeveral is the warning about it: which entry comes first changes when one
+// is made or deleted, and then svid.pem is another identity.
+func errSeveral(m material) error {
+	return fault.Newf(fault.Precondition, "several_identities",
+		"%d identities came and svid.pem is the first, now %s: it changes when entries come or go; with several identities always name one, with --id or --hint",
+		len(m.svids), m.svids[0].ID)
+}
+
 // bundle returns the roots for a trust domain.
 func (m material) bundle(td spiffeid.TrustDomain) []*x509.Certificate {
 	for _, b := range m.bundles {

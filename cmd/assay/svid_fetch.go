@@ -45,8 +45,9 @@ refusal is final.
 With --dir the certificate chain, key and roots are written to svid.pem,
 svid_key.pem (mode 0600) and bundle.pem; further identities to svid.1.pem and
 so on, roots of other trust domains to bundle.<trust domain>.pem. All names
-change at the same instant. Private keys are not printed unless --with-key
-and -o json ask for it.
+change at the same instant. Which identity is the first changes when entries
+come or go: with several identities always name one, with --id or --hint.
+Private keys are not printed unless --with-key and -o json ask for it.
 
   $ assay svid fetch
   $ assay svid fetch --dir /run/web/tls --id spiffe://example.org/web`,
@@ -96,6 +97,9 @@ func (t *tool) fetchSVID(ctx context.Context, f fetchFlags) error {
 		doc.Bundles = append(doc.Bundles, trustFrom(b))
 	}
 	if f.dir != "" {
+		if f.positional(m) {
+			t.warn(errSeveral(m))
+		}
 		if doc.Dir, doc.Files, err = save(f.dir, m); err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -164,6 +165,73 @@ func TestFetchRepeatsOnlyWhatMayGetBetter(t *testing.T) {
 				t.Errorf("exit %d after %d calls: %s", got.code, agent.count(), got.stderr)
 			}
 		})
+	}
+}
+
+// Who has no identity is told what an entry would have to say.
+func TestNoIdentityNamesTheIDsOfTheProcess(t *testing.T) {
+	agent := &fakeAgent{script: func(svidStream, int) error {
+		return fault.Status(fault.New(fault.Denied, "no_identity", "no identity issued"), "R3").Err()
+	}}
+	got := assay(t, map[string]string{endpointEnv: agent.start(t)}, "svid", "fetch")
+	ids := fmt.Sprintf("uid %d and gid %d; compare with `assay entry list`", os.Geteuid(), os.Getegid())
+	if got.code != 77 || !strings.HasPrefix(got.stderr, "error: no_identity: no identity issued: ") ||
+		!strings.Contains(got.stderr, ids) || !strings.HasSuffix(got.stderr, " (request_id=R3)\n") {
+		t.Errorf("exit %d, %q", got.code, got.stderr)
+	}
+}
+
+// Files by place change their identity when an entry goes: that is said, once.
+func TestSeveralIdentitiesInADirectoryAreWarnedOf(t *testing.T) {
+	p := newPKI(t)
+	one, two := message(p.svid(webID, "a", 1)), message(p.svid(webID, "a", 2), p.svid(adminID, "b", 3))
+	agent := &fakeAgent{script: sends(two, one, two)}
+	vars := map[string]string{endpointEnv: agent.start(t)}
+	dir := filepath.Join(t.TempDir(), "tls")
+	for _, c := range []struct {
+		args []string
+		want int
+	}{
+		{[]string{"svid", "fetch", "--dir", dir}, 1},
+		{[]string{"svid", "watch", "--count", "3", "--dir", dir}, 1},
+		{[]string{"svid", "fetch", "--dir", dir, "--id", adminID}, 0},
+		{[]string{"svid", "fetch", "--dir", dir, "--hint", "a"}, 0},
+		{[]string{"svid", "watch", "--count", "3", "--dir", dir, "--hint", "a"}, 0},
+		{[]string{"svid", "fetch"}, 0},
+		{[]string{"svid", "watch", "--count", "3"}, 0},
+	} {
+		got := assay(t, vars, c.args...)
+		if got.code != 0 || strings.Count(got.stderr, "\n") != c.want || strings.Count(got.stderr, "warning: several_identities: ") != c.want {
+			t.Errorf("%v: exit %d, %q", c.args, got.code, got.stderr)
+		}
+	}
+	for _, verb := range []string{"fetch", "watch"} {
+		help := strings.Join(strings.Fields(assay(t, nil, "svid", verb, "--help").stdout), " ")
+		if !strings.Contains(help, "with several identities always name one") {
+			t.Errorf("svid %s --help does not say it", verb)
+		}
+	}
+}
+
+// A watch never takes files away: what serves with them goes on until their end.
+func TestWatchLeavesTheFilesOfAWithdrawnIdentity(t *testing.T) {
+	p := newPKI(t)
+	agent := &fakeAgent{script: func(stream svidStream, call int) error {
+		if call == 1 {
+			if err := stream.Send(message(p.svid(webID, "", 1))); err != nil {
+				return err
+			}
+			return fault.Status(fault.New(fault.Denied, "no_identity", "no identity issued"), "R").Err()
+		}
+		return status.Error(codes.Unimplemented, "the end")
+	}}
+	dir := filepath.Join(t.TempDir(), "tls")
+	got := assay(t, map[string]string{endpointEnv: agent.start(t)}, "svid", "watch", "--dir", dir)
+	if got.code != 69 || !strings.Contains(got.stderr, "warning: no_identity: ") {
+		t.Fatalf("exit %d, %q", got.code, got.stderr)
+	}
+	if s, err := x509svid.Load(dir+"/svid.pem", dir+"/svid_key.pem"); err != nil || s.ID.String() != webID {
+		t.Error(err)
 	}
 }
 

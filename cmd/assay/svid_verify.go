@@ -17,7 +17,7 @@ import (
 
 // verifyShape is what `svid verify -o json` prints for a valid SVID; for
 // another there is the error object, whose reason is svid_invalid,
-// svid_expired or svid_id_mismatch.
+// svid_expired, svid_id_mismatch or bundle_invalid.
 type verifyShape struct {
 	Valid     bool      `json:"valid"`
 	SPIFFEID  string    `json:"spiffe_id"`
@@ -34,7 +34,8 @@ func newSVIDVerifyCommand(t *tool) *cobra.Command {
 		Long: `Verify a certificate chain by all rules of the X509-SVID standard, against the
 roots in a bundle (PEM, or a SPIFFE bundle in JSON), at this moment. Nothing is
 asked: that the bundle is the right one for the trust domain is yours to know.
-The exit code is 65 if a rule is broken; the rule is named.
+The exit code is 65 if a rule is broken; the rule is named. A bundle that holds
+anything but CA certificates is refused.
 
   $ assay svid verify --svid svid.pem --bundle bundle.pem \
       --id spiffe://example.org/web`,
@@ -78,7 +79,28 @@ func verifyFiles(svidFile, bundleFile, want string, now time.Time) (verifyShape,
 	if err != nil {
 		return verifyShape{}, err
 	}
+	if err := checkRoots(bundleFile, roots); err != nil {
+		return verifyShape{}, err
+	}
 	return verify(chain, roots, want, now)
+}
+
+// checkRoots refuses a bundle with anything but CA certificates in it: a
+// verifier takes whatever it is given as a root at its word, so that a leaf
+// among the roots would prove itself.
+func checkRoots(file string, roots []*x509.Certificate) error {
+	for i, root := range roots {
+		if root.BasicConstraintsValid && root.IsCA && root.KeyUsage&x509.KeyUsageCertSign != 0 {
+			continue
+		}
+		of := ""
+		if len(root.URIs) > 0 {
+			of = " (" + quote(root.URIs[0].String()) + ")"
+		}
+		return fault.Newf(fault.Invalid, "bundle_invalid",
+			"--bundle %s: certificate %d%s is not a CA certificate, so it can't be a root: are --svid and --bundle swapped?", file, i+1, of)
+	}
+	return nil
 }
 
 // verify validates a chain. The trust domain is the leaf's own: whoever runs

@@ -45,11 +45,15 @@ until interrupted. When the agent goes away, the watch waits for it and says so
 on standard error.
 
 With --dir each update replaces svid.pem, svid_key.pem and bundle.pem together
-(see svid fetch for their names), before its line is printed. With --exec a
-command runs after each update, with the directory in ASSAY_SVID_DIR; its
-output goes to standard error. It runs without a shell, words may be quoted;
-for a shell write sh -c '...'. When it fails, that is reported and the watch
-goes on.
+(see svid fetch for their names), before its line is printed. Which identity is
+the first changes when entries come or go: with several identities always name
+one, with --id or --hint. When an entry's end takes the identity away, the files stay
+as they are, and the reason is on standard error.
+
+With --exec a command runs after each update, with the directory in
+ASSAY_SVID_DIR; its output goes to standard error. It runs without a shell,
+words may be quoted; for a shell write sh -c '...'. When it fails, that is
+reported and the watch goes on.
 
   $ assay svid watch --dir /run/web/tls --exec 'systemctl reload nginx'
   $ assay svid watch --count 1 -o json | jq -r '.svids[0].spiffe_id'`,
@@ -94,6 +98,7 @@ type watcher struct {
 	updates int
 	written bool // a set was written: the directory is known to work
 	warned  string
+	several bool // errSeveral was printed
 }
 
 func (t *tool) watchSVID(ctx context.Context, f watchFlags, command []string) error {
@@ -195,7 +200,7 @@ func (w *watcher) warn(err error) {
 		return
 	}
 	w.warned = shape.Reason
-	_, _ = fmt.Fprintln(w.t.stderr, oneLine("warning: "+shape.Reason+": "+shape.Message))
+	w.t.warn(err)
 }
 
 // store writes an update's files. A directory that never worked is a mistake
@@ -204,6 +209,10 @@ func (w *watcher) warn(err error) {
 func (w *watcher) store(ctx context.Context, m material) error {
 	if w.out == nil {
 		return nil
+	}
+	if !w.several && w.f.positional(m) {
+		w.several = true
+		w.t.warn(errSeveral(m))
 	}
 	files, err := m.files()
 	if err != nil {

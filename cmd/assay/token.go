@@ -26,6 +26,9 @@ type tokenShape struct {
 	ExpiresAt time.Time `json:"expires_at"`
 }
 
+// joinTokenFile is where docs/operating.md puts the token on a node.
+const joinTokenFile = "/etc/assay-agent/join.token" //nolint:gosec // G101: a path, not a token
+
 func newTokenCommand(t *tool) *cobra.Command {
 	return group("token", "Join tokens: one-time rights to become an agent", newTokenCreateCommand(t))
 }
@@ -38,10 +41,11 @@ func newTokenCreateCommand(t *tool) *cobra.Command {
 		Long: `Create a join token, and print what a new agent needs: the token, the SPIFFE ID
 that the agent will have (the parent ID for its entries) and the pin of the
 server's active root. Whoever holds the token can become that agent until it
-is used or expires: write it to a file with mode 0600, nowhere else.
+is used or expires: write it to /etc/assay-agent/join.token on the node, with
+mode 0600, and nowhere else.
 
   $ assay token create --ttl 1h
-  $ (umask 077; assay token create -o json | jq -r .token > join_token)`,
+  $ (umask 077; assay token create -o json | jq -r .token > join.token)`,
 		Args: noArgs,
 		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
 			made, err := createToken(ctx, s, ttl)
@@ -65,11 +69,15 @@ func (s tokenShape) write(w io.Writer) error {
 		return err
 	}
 	_, err := fmt.Fprintf(w, `
-For the agent's configuration, with the token alone in that file (mode 0600):
+On the node, put the token alone into a file (paste it, Enter, Ctrl-D):
 
-pin: %s
-join_token_file: /etc/assay/join_token
-`, plain(s.Pin))
+(umask 077; cat > %[1]s)
+
+and name that file in /etc/assay-agent/agent.yaml:
+
+pin: %[2]s
+join_token_file: %[1]s
+`, joinTokenFile, plain(s.Pin))
 	if err != nil {
 		return fmt.Errorf("write output: %w", err)
 	}

@@ -28,6 +28,8 @@ type tool struct {
 	socket string
 	// started is set once cobra has accepted the command line.
 	started bool
+	// noHelp is why there was no help to show.
+	noHelp error
 }
 
 // run executes one command line and returns the exit code.
@@ -36,6 +38,9 @@ func run(ctx context.Context, e env, args []string) int {
 	root := newRoot(t)
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
+	if err == nil {
+		err = t.noHelp
+	}
 	if err == nil {
 		return 0
 	}
@@ -91,7 +96,13 @@ full, 74 input or output, 75 conflict or try again, 77 not permitted,
 		// Runs when the command line is accepted, for cobra's own commands too.
 		PersistentPreRun: func(*cobra.Command, []string) { t.started = true },
 		Args:             noVerb,
-		RunE:             func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	version := root.Flags().Bool("version", false, "print the version of this program, as assay version does")
+	root.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *version {
+			return t.printVersion()
+		}
+		return cmd.Help()
 	}
 	root.SetIn(t.stdin)
 	root.SetOut(t.stdout)
@@ -104,7 +115,36 @@ full, 74 input or output, 75 conflict or try again, 77 not permitted,
 		newBundleCommand(t), newStatusCommand(t), newDevCommand(t), newVersionCommand(t),
 	)
 	completeGroups(root)
+	t.helpOnlyForCommands(root)
 	return root
+}
+
+// helpOnlyForCommands makes help for an unknown command the error that the
+// command itself is. Left alone, cobra shows the help of what it did find.
+func (t *tool) helpOnlyForCommands(root *cobra.Command) {
+	show := root.HelpFunc()
+	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		if cmd.HasSubCommands() {
+			t.noHelp = noVerb(cmd, cmd.Flags().Args())
+		}
+		if t.noHelp == nil {
+			show(cmd, args)
+		}
+	})
+	root.SetHelpCommand(&cobra.Command{
+		Use: "help [COMMAND]", Short: "Explain a command", Long: "Explain a command.\n\n  $ assay help entry create",
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if err != nil {
+				return usageError(err.Error())
+			}
+			if err := noVerb(cmd, rest); err != nil {
+				return err
+			}
+			cmd.InitDefaultHelpFlag()
+			return cmd.Help()
+		},
+	})
 }
 
 // completeGroups makes cobra's completion command refuse what it does not

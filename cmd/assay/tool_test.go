@@ -2,12 +2,16 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -62,6 +66,12 @@ func TestWrongUsageExits64AndReachesNobody(t *testing.T) {
 		"verify against nothing":      {"svid", "verify", "--svid", "x.pem"},
 		"verify for something else":   {"svid", "verify", "--svid", "x.pem", "--bundle", "y.pem", "--id", "x"},
 		"version of something":        {"version", "1"},
+		"version as flag of a verb":   {"status", "--version"},
+		"help for no command":         {"ban", "--help"},
+		"help for no verb":            {"agent", "ban", "--help"},
+		"help first for no verb":      {"agent", "--help", "ban"},
+		"help on no verb":             {"help", "agent", "ban"},
+		"help on no command":          {"help", "ban"},
 		"dev with an argument":        {"dev", "here"},
 		"dev in a bad trust domain":   {"dev", "--trust-domain", "Not A Domain"},
 		"dev with a lifetime of zero": {"dev", "--x509-svid-ttl", "0s"},
@@ -114,6 +124,47 @@ func TestEveryVerbExplainsItselfWithAnExample(t *testing.T) {
 	walk(newRoot(&tool{}))
 	if verbs < 13 {
 		t.Errorf("only %d verbs", verbs)
+	}
+}
+
+func TestHelpOfGroupsAndOfTheHelpCommand(t *testing.T) {
+	for want, args := range map[string][]string{
+		"Agents: the nodes":           {"agent", "--help"},
+		"Join tokens: one-time":       {"help", "token"},
+		"assay entry create --spiffe": {"help", "entry", "create"},
+		"assay [command]":             {"--help"},
+		"assay talks to":              {"help"},
+	} {
+		if got := assay(t, nil, args...); got.code != 0 || !strings.Contains(got.stdout, want) || got.stderr != "" {
+			t.Errorf("%v: exit %d, %q%q", args, got.code, got.stdout, got.stderr)
+		}
+	}
+}
+
+// The operator's guide and the help tell the same exit codes.
+func TestTheGuideHasTheExitCodesOfTheHelp(t *testing.T) {
+	guide, err := os.ReadFile("../../docs/operating.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	_, codes, _ := strings.Cut(words(newRoot(&tool{}).Long), "Exit codes: ")
+	codes, _, _ = strings.Cut(codes, ".")
+	if codes == "" || !strings.Contains(words(string(guide)), "## Exit codes "+codes+". ") {
+		t.Errorf("the guide lacks %q", codes)
+	}
+}
+
+// The file for the token has one name, wherever it is written.
+func TestTheTokenFileHasOneName(t *testing.T) {
+	for _, path := range []string{"../../docs/operating.md", "../../deploy/systemd/assay-agent.service", "testdata/token_create.txt"} {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(text), joinTokenFile) || strings.Contains(string(text), ": /etc/assay/") {
+			t.Errorf("%s does not name %s, or another file", path, joinTokenFile)
+		}
 	}
 }
 
@@ -198,6 +249,81 @@ func TestUnreachableServerIsExplained(t *testing.T) {
 	}
 }
 
+// What is no socket answers a connection as a dead one does.
+func TestAFileInPlaceOfTheSocketIsNamed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "api.sock")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"status", "--socket", file},
+		{"svid", "fetch", "--timeout", "50ms", "--socket", "unix://" + file},
+	} {
+		got := assay(t, nil, args...)
+		if got.code != 69 || !strings.HasPrefix(got.stderr, "error: unreachable: ") || !strings.Contains(got.stderr, file+" is not a socket") {
+			t.Errorf("exit %d, %q", got.code, got.stderr)
+		}
+	}
+}
+
+// asStranger runs do as a user without rights to our files.
+func asStranger(t *testing.T, do func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if os.Geteuid() == 0 {
+			runtime.LockOSThread() // and never unlocked: the thread ends with its rights
+			if _, err := unix.SetfsuidRetUid(65534); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+		do()
+	}()
+	<-done
+}
+
+func TestADeniedSocketSaysWhatKeepsTheCallerOut(t *testing.T) {
+	top := t.TempDir()
+	if err := os.Chmod(filepath.Dir(top), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	closed := filepath.Join(top, "run")
+	path := filepath.Join(closed, "public", "api.sock")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	leaveDeadSocket(t, path)
+	agent := peer{name: "the Workload API", network: "unix", address: path, open: true}
+	server := peer{name: "the server's admin socket", network: "unix", address: path}
+	modes := func(dir, socket os.FileMode) {
+		t.Helper()
+		if err := errors.Join(os.Chmod(path, socket), os.Chmod(closed, dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { _ = os.Chmod(closed, 0o755) })
+	expect := func(p peer, reason, want string) {
+		t.Helper()
+		var err error
+		asStranger(t, func() { err = p.unreachable() })
+		if fault.ReasonOf(err) != reason || !strings.Contains(fault.SafeText(err), want) {
+			t.Errorf("got %v, want %s: %s", err, reason, want)
+		}
+	}
+	modes(0o600, 0o666)
+	expect(agent, "socket_denied", "the directory "+closed+" keeps it out")
+	expect(server, "socket_denied", "run as root or as a member of its group")
+	if err := os.Chmod(closed, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	modes(0o755, 0o400)
+	expect(agent, "socket_denied", "the socket's own mode keeps it out")
+	modes(0o755, 0o666)
+	expect(agent, "unreachable", "nobody listens on")
+}
+
 func TestFlagBeatsEnvironment(t *testing.T) {
 	f := populated(newPKI(t))
 	got := assay(t, map[string]string{serverSocketEnv: "/nowhere"}, "status", "--socket", f.start(t))
@@ -214,6 +340,11 @@ func TestVersionNeedsNoServer(t *testing.T) {
 	}
 	if got := assay(t, nil, "version"); got.code != 0 || !strings.HasPrefix(got.stdout, "assay ") {
 		t.Errorf("exit %d, %q", got.code, got.stdout)
+	}
+	for _, more := range [][]string{nil, {"-o", "json"}} {
+		if flag, verb := assay(t, nil, append(more, "--version")...), assay(t, nil, append(more, "version")...); flag != verb {
+			t.Errorf("--version gives %+v, version %+v", flag, verb)
+		}
 	}
 }
 

@@ -25,15 +25,17 @@ func newVersionCommand(t *tool) *cobra.Command {
 
   $ assay version -o json`,
 		Args: noArgs,
-		RunE: func(*cobra.Command, []string) error {
-			build := daemon.ReadBuild()
-			shape := versionShape{Version: build.Version, Revision: build.Revision, Go: build.Go}
-			return t.print(shape, func(w io.Writer) error {
-				if _, err := fmt.Fprintln(w, "assay "+build.String()); err != nil {
-					return fmt.Errorf("write output: %w", err)
-				}
-				return nil
-			})
-		},
+		RunE: func(*cobra.Command, []string) error { return t.printVersion() },
 	}
+}
+
+func (t *tool) printVersion() error {
+	build := daemon.ReadBuild()
+	shape := versionShape{Version: build.Version, Revision: build.Revision, Go: build.Go}
+	return t.print(shape, func(w io.Writer) error {
+		if _, err := fmt.Fprintln(w, "assay "+build.String()); err != nil {
+			return fmt.Errorf("write output: %w", err)
+		}
+		return nil
+	})
 }

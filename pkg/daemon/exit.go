@@ -38,6 +38,7 @@ var exitByReason = map[string]int{
 	"audit_failed":         exitIO,
 	"store_full":           exitCantCreate,
 	"audit_full":           exitCantCreate,
+	"disk_full":            exitCantCreate,
 	"path_untrusted":       exitNotAllowed,
 	"config_*":             exitConfig,
 	"seal_key_*":           exitConfig,
@@ -67,7 +68,6 @@ var exitByErrno = []struct {
 	{syscall.EIO, exitIO},
 	{syscall.EROFS, exitIO},
 	{fs.ErrPermission, exitNotAllowed},
-	{syscall.EADDRINUSE, exitUnavailable},
 	{syscall.EADDRNOTAVAIL, exitUnavailable},
 }
 
@@ -76,6 +76,12 @@ var exitByErrno = []struct {
 func ExitCode(err error) int {
 	if err == nil {
 		return exitOK
+	}
+	// An address that another process holds may be free the next moment, when
+	// that is our own predecessor. Whatever the fault around it says, the code
+	// must be one after which units start the program again.
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return exitUnavailable
 	}
 	_, isFault := errors.AsType[*fault.Fault](err)
 	_, isKind := errors.AsType[fault.Kind](err)

@@ -17,6 +17,7 @@ import (
 
 func TestExitCodes(t *testing.T) {
 	path := func(errno error) error { return &fs.PathError{Op: "write", Path: "/x", Err: errno} }
+	inUse := &net.OpError{Op: "listen", Err: os.NewSyscallError("bind", syscall.EADDRINUSE)}
 	for _, c := range []struct {
 		err  error
 		want int
@@ -31,6 +32,7 @@ func TestExitCodes(t *testing.T) {
 		{fault.New(fault.NotReady, "audit_failed", ""), 74},
 		{fault.New(fault.Exhausted, "store_full", ""), 73},
 		{fault.New(fault.Exhausted, "audit_full", ""), 73},
+		{fault.New(fault.Exhausted, "disk_full", ""), 73},
 		{fault.New(fault.Precondition, "path_untrusted", ""), 77},
 		{fault.New(fault.Invalid, "config_invalid", ""), 78},
 		{fault.New(fault.NotFound, "config_missing", ""), 78},
@@ -59,8 +61,12 @@ func TestExitCodes(t *testing.T) {
 		{fmt.Errorf("w: %w", path(syscall.EIO)), 74},
 		{path(syscall.EROFS), 74},
 		{path(syscall.EACCES), 77},
-		{&net.OpError{Op: "listen", Err: os.NewSyscallError("bind", syscall.EADDRINUSE)}, 69},
+		{inUse, 69},
 		{errors.New("a defect"), 70},
+		// A port in use, whatever is around it: units restart after 69.
+		{fault.Wrap(fault.Precondition, inUse, "config_listen", ""), 69},
+		{fmt.Errorf("run: %w", fault.Wrap(fault.Conflict, fmt.Errorf("bind: %w", inUse), "x", "")), 69},
+		{errors.Join(errors.New("close"), inUse), 69},
 	} {
 		if got := ExitCode(c.err); got != c.want {
 			t.Errorf("%v: got %d, want %d", c.err, got, c.want)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -76,7 +77,7 @@ func (c *commandLine) root() *cobra.Command {
 		PersistentPreRun:  func(*cobra.Command, []string) { c.accepted = true },
 		Args:              cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return usage("name a command: run, validate or healthcheck; --help tells all")
+			return usage("name a command: " + c.names() + "; --help tells all")
 		},
 	}
 	root.SetOut(c.stdout)
@@ -84,6 +85,16 @@ func (c *commandLine) root() *cobra.Command {
 	root.AddCommand(c.runCommand(), c.validateCommand(), c.healthCommand())
 	root.AddCommand(c.Commands...)
 	return root
+}
+
+// names lists the commands as a sentence does.
+func (c *commandLine) names() string {
+	names := []string{"run", "validate", "healthcheck"}
+	for _, cmd := range c.Commands {
+		names = append(names, cmd.Name())
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " or " + names[last]
 }
 
 func (c *commandLine) configFlag(cmd *cobra.Command) *string {

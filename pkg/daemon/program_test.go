@@ -116,7 +116,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"validate", "--config", bad}, 78, "", "error: config_invalid: " + bad + `: line 2: unknown key "metrics.lisen"`},
 		{[]string{"validate"}, 78, "", "error: config_missing: there is no file /nonexistent/test.yaml"},
 		{[]string{"run", "--config", bad}, 78, "", "error: config_invalid: "},
-		{nil, 64, "", "error: usage: name a command"},
+		{nil, 64, "", "error: usage: name a command: run, validate, healthcheck or extra; "},
 		{[]string{"rnu"}, 64, "", `error: usage: unknown command "rnu"`},
 		{[]string{"run", "x"}, 64, "", "error: usage: "},
 		{[]string{"run", "--confg", "x"}, 64, "", "error: usage: unknown flag: --confg"},

@@ -1,0 +1,58 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strconv"
+	"strings"
+
+	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+// The unix selectors that agents of this version make (docs/operating.md), by
+// what stands before their second colon: some hold a number, some a name.
+var (
+	unixNumbers = []string{"uid", "gid", "supplementary_gid"}
+	unixNames   = []string{"user", "group", "supplementary_group"}
+)
+
+// warnOfEntry tells what keeps an entry that was just created from ever being
+// matched. It is no error: a newer agent may know the selector, and the agent
+// may join tomorrow.
+func (t *tool) warnOfEntry(ctx context.Context, s *serverConn, e *types.Entry) {
+	for _, sel := range e.GetSelectors() {
+		if problem := selectorProblem(sel); problem != "" {
+			t.warn(fault.New(fault.Invalid, "selector_unknown", quote(sel.GetType()+":"+sel.GetValue())+" "+problem))
+		}
+	}
+	// Any other failure says nothing about the entry.
+	if _, err := ask(ctx, s, s.agents.GetAgent, &spireagent.GetAgentRequest{Id: e.GetParentId()}); errors.Is(err, fault.NotFound) {
+		t.warn(fault.New(fault.NotFound, "parent_unknown",
+			idFromProto(e.GetParentId())+" is not an agent on record: nobody gets this identity until that agent joins; see assay agent list"))
+	}
+}
+
+// selectorProblem says why no process has this selector; nothing if one may.
+func selectorProblem(sel *types.Selector) string {
+	if sel.GetType() != "unix" {
+		return ""
+	}
+	name, value, _ := strings.Cut(sel.GetValue(), ":")
+	switch {
+	case slices.Contains(unixNumbers, name):
+		if n, err := strconv.ParseUint(value, 10, 32); err != nil || strconv.FormatUint(n, 10) != value {
+			return "matches no process: unix:" + name + " takes a plain number, as in unix:" + name + ":1000"
+		}
+	case slices.Contains(unixNames, name):
+		if value == "" {
+			return "matches no process: unix:" + name + " takes a name"
+		}
+	default:
+		return "matches no process: of type unix there are " + strings.Join(slices.Concat(unixNumbers, unixNames), ", ")
+	}
+	return ""
+}
