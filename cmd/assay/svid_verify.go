@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
@@ -31,8 +33,9 @@ func newSVIDVerifyCommand(t *tool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Verify an X.509-SVID against a bundle, offline",
-		Long: `Verify a certificate chain by all rules of the X509-SVID standard, against the
-roots in a bundle (PEM, or a SPIFFE bundle in JSON), at this moment. Nothing is
+		Long: `Verify a certificate chain by all rules of the X509-SVID standard, and by the
+go-spiffe library, against the roots in a bundle (PEM, or a SPIFFE bundle in
+JSON), at this moment. Nothing is
 asked: that the bundle is the right one for the trust domain is yours to know.
 The exit code is 65 if a rule is broken; the rule is named. A bundle that holds
 anything but CA certificates is refused.
@@ -117,6 +120,12 @@ func verify(chain, roots []*x509.Certificate, want string, now time.Time) (verif
 	id, err := rpc.VerifyPeer(chain, pool, claimed.TrustDomain(), now)
 	if err != nil {
 		return verifyShape{}, brokenRule(err)
+	}
+	// Peers use other libraries: what is called valid here, the one that most
+	// of them use has to accept as well.
+	bundle := x509bundle.FromX509Authorities(claimed.TrustDomain(), roots)
+	if _, _, err := x509svid.Verify(chain, bundle, x509svid.WithTime(now)); err != nil {
+		return verifyShape{}, fault.Wrap(fault.Invalid, err, "svid_invalid", "go-spiffe does not accept it")
 	}
 	if want != "" && id.String() != want {
 		return verifyShape{}, fault.Newf(fault.Invalid, "svid_id_mismatch", "the certificate is for %s, not for %s", id, want)
