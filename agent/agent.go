@@ -144,7 +144,7 @@ func (a *Agent) serve(ctx context.Context, r *rooms) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		err := r.node.Run(ctx)
-		if fault.ReasonOf(err) == "agent_banned" {
+		if fault.ReasonOf(err) == agentv1.ReasonAgentBanned {
 			// Before the streams end, so that workloads learn that they have
 			// nothing any more.
 			return errors.Join(err, r.cache.Purge())

@@ -33,6 +33,7 @@ type machine struct {
 	cfg    agent.Config
 	agent  *agent.Agent
 	log    logBuffer
+	level  slog.Level
 	reg    *prometheus.Registry
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -51,7 +52,7 @@ func newMachine(t *testing.T, f *fake) *machine {
 		JoinTokenFile: filepath.Join(dir, "token"), Sockets: agent.SocketsConfig{Dir: filepath.Join(dir, "pub")},
 		DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"),
 	}}
-	if err := os.WriteFile(m.cfg.JoinTokenFile, []byte("the token"), 0o600); err != nil {
+	if err := os.WriteFile(m.cfg.JoinTokenFile, []byte(f.token), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -67,7 +68,7 @@ func (m *machine) start() {
 	m.t.Helper()
 	m.reg = prometheus.NewRegistry()
 	var err error
-	m.agent, err = agent.New(m.cfg, agent.Deps{Log: slog.New(slog.NewTextHandler(&m.log, nil)), Registerer: m.reg, Version: "test"})
+	m.agent, err = agent.New(m.cfg, agent.Deps{Log: slog.New(slog.NewTextHandler(&m.log, &slog.HandlerOptions{Level: m.level})), Registerer: m.reg, Version: "test"})
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -48,6 +48,7 @@ type fake struct {
 	entries []*agentv1.Entry
 	banned  bool
 	joined  int
+	token   string
 
 	addr   string
 	server *grpc.Server
@@ -55,7 +56,7 @@ type fake struct {
 
 func newFake(t *testing.T, entries ...*agentv1.Entry) *fake {
 	t.Helper()
-	f := &fake{key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), entries: entries, addr: "127.0.0.1:0"}
+	f := &fake{key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), entries: entries, addr: "127.0.0.1:0", token: "the token"}
 	sum := sha256.Sum256(must(x509.MarshalPKIXPublicKey(&f.key.PublicKey)))
 	f.cert = f.sign(&x509.Certificate{
 		Subject: pkix.Name{CommonName: "root"}, IsCA: true, KeyUsage: x509.KeyUsageCertSign, SubjectKeyId: sum[:20],
@@ -128,7 +129,7 @@ func (f *fake) Attest(stream grpc.BidiStreamingServer[agentv1.AttestRequest, age
 	if err != nil {
 		return err
 	}
-	if string(req.GetStart().GetPayload()) != "the token" {
+	if string(req.GetStart().GetPayload()) != f.token {
 		return fault.Status(fault.New(fault.Denied, "join_token_invalid", "x"), "R").Err()
 	}
 	f.mu.Lock()

@@ -65,8 +65,12 @@ func (c Config) checkTrust() error {
 		return badConfig("trust_domain is missing: set trust_domain: example.org, with your server's name")
 	}
 	// Only the name itself: the parser would take an ID as well.
-	if td, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil || td.Name() != c.TrustDomain || len(c.TrustDomain) > maxTrustDomain {
-		return badConfig("trust_domain is not the name of a trust domain: a-z, 0-9, dot, dash and underscore, at most 255, no scheme and no port, as in trust_domain: example.org")
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	// Nor an empty label, which the server refuses too: crypto/x509 takes no
+	// certificate whose URI has such a host.
+	emptyLabel := slices.Contains(strings.Split(c.TrustDomain, "."), "")
+	if err != nil || td.Name() != c.TrustDomain || emptyLabel || len(c.TrustDomain) > maxTrustDomain {
+		return badConfig("trust_domain is not the name of a trust domain: a-z, 0-9, dot, dash and underscore, at most 255, no scheme, port or empty label, as in trust_domain: example.org")
 	}
 	switch {
 	case c.TrustBundle == "" && c.Pin == "":

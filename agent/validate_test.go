@@ -42,6 +42,9 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"no trust domain", func(c *Config) { c.TrustDomain = "" }, "trust_domain: example.org"},
 		{"an ID as trust domain", func(c *Config) { c.TrustDomain = "spiffe://example.org" }, "trust_domain: example.org"},
 		{"upper case", func(c *Config) { c.TrustDomain = "Example.org" }, "trust_domain: example.org"},
+		{"an empty label", func(c *Config) { c.TrustDomain = "a..b" }, "trust_domain: example.org"},         // ID-29
+		{"a leading dot", func(c *Config) { c.TrustDomain = ".a" }, "trust_domain: example.org"},            // ID-29
+		{"a trailing dot", func(c *Config) { c.TrustDomain = "example.org." }, "trust_domain: example.org"}, // ID-29
 		{"a long trust domain", func(c *Config) { c.TrustDomain = strings.Repeat("a", 256) }, "trust_domain: example.org"},
 		{"no servers", func(c *Config) { c.Server.Addresses = nil }, "server: {addresses:"},
 		{"no port", func(c *Config) { c.Server.Addresses = []string{"ca.example.org"} }, "ca.example.org:8443"},

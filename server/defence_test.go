@@ -218,7 +218,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 	conn := h.connect(nil)
 	for _, attestor := range []string{"rejoin", "join_token", "CANARY-attestor"} {
 		_, err := attestOver(t, agentv1.NewAgentClient(conn), &agentv1.AttestRequest_Start{
-			Attestor: attestor, Payload: []byte("CANARY-evidence-of-nothing"), Csr: good, AgentVersion: "CANARY-version",
+			Attestor: attestor, Payload: []byte("CANARY-evidence-of-nothing"), Csr: good,
 		})
 		tell(err)
 	}

@@ -266,7 +266,7 @@ func (h *harness) attest(key *ecdsa.PrivateKey, token string) (*agentv1.Identity
 	conn := h.connect(nil)
 	defer conn.Close()
 	return attestOver(h.t, agentv1.NewAgentClient(conn), &agentv1.AttestRequest_Start{
-		Attestor: "join_token", Payload: []byte(token), Csr: newCSR(h.t, key, nil), AgentVersion: "v1",
+		Attestor: "join_token", Payload: []byte(token), Csr: newCSR(h.t, key, nil),
 	})
 }
 

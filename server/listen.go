@@ -71,8 +71,8 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 	return api.NewAgentService(api.AgentConfig{
 		TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Authority: r.authority, Registry: r.registry,
 		Attestors: map[string]api.NodeAttestor{
-			"join_token": attest.NewJoinToken(r.registry),
-			"rejoin":     attest.NewRejoin(r.registry),
+			agentv1.AttestorJoinToken: attest.NewJoinToken(r.registry),
+			agentv1.AttestorRejoin:    attest.NewRejoin(r.registry),
 		},
 		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
 		SyncStreams: s.cfg.Limits.AgentConnections, // an honest agent has one on each

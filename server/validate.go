@@ -12,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/registry"
 )
@@ -118,6 +119,9 @@ func (c Config) checkPlaces() error {
 		if !filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0) {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
 		}
+	}
+	if len(c.Admin.Socket) > durable.MaxSocketPath {
+		return badConfig("admin.socket has %d bytes, at most %d are possible: set a shorter path, such as %s", len(c.Admin.Socket), durable.MaxSocketPath, defaultSocket)
 	}
 	if len(c.Admin.UIDs) > 0 && c.Admin.Group == "" {
 		return badConfig("admin.uids can't reach the socket, which belongs to the server's user and admin.group: set admin.group to a group of theirs")

@@ -60,6 +60,29 @@ func TestNothingIsSkipped(t *testing.T) {
 	})
 }
 
+// I1: the authority is the only road to a signature. Its key is opened, and
+// certificates are made, in server/ca and nowhere else in the product.
+func TestOnlyTheAuthoritySigns(t *testing.T) {
+	found := false
+	files(t, ".go", func(path string, content []byte) {
+		if strings.HasSuffix(path, "_test.go") || strings.HasPrefix(path, "bench/") || strings.HasPrefix(path, "../test/") {
+			return
+		}
+		for _, power := range []string{"x509.CreateCertificate(", "KeyRef)", "keys.Open("} {
+			if !bytes.Contains(content, []byte(power)) {
+				continue
+			}
+			if filepath.Dir(path) != "../server/ca" {
+				t.Errorf("%s has %s", path, power)
+			}
+			found = true
+		}
+	})
+	if !found {
+		t.Error("not even the authority signs: the test proves nothing")
+	}
+}
+
 func TestFilesStayReadable(t *testing.T) {
 	const most = 600
 	files(t, ".go", func(path string, content []byte) {

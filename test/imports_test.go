@@ -29,7 +29,7 @@ var rooms = map[string][]string{
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/rpc", "pkg/selector",
 	},
 	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
-	"server/registry": {"server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule", "pkg/selector"},
+	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
 	"server/keys":     {"pkg/durable", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
@@ -45,7 +45,7 @@ var rooms = map[string][]string{
 	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"agent/endpoint": {"agent/attest", "agent/cache", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"agent/node":     {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule"},
-	"agent/state":    {"pkg/durable", "pkg/fault"},
+	"agent/state":    {"proto/agent/v1", "pkg/durable", "pkg/fault"},
 
 	"proto/agent/v1": {},
 	"proto/admin/v1": {},

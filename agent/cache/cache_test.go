@@ -49,7 +49,7 @@ func TestServesWhatMatchesAndNothingElse(t *testing.T) {
 		}
 		for _, svid := range snap.SVIDs {
 			chain := must(x509.ParseCertificates(svid.CertificatesDER))
-			key := must(x509.ParsePKCS8PrivateKey(svid.KeyDER)).(*ecdsa.PrivateKey)
+			key := must(x509.ParsePKCS8PrivateKey(svid.Key.DER())).(*ecdsa.PrivateKey)
 			if len(chain) != 2 || !key.PublicKey.Equal(chain[0].PublicKey) || chain[0].URIs[0].String() != svid.ID.String() {
 				t.Errorf("SVID of %v does not hold together", svid.ID)
 			}

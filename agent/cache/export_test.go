@@ -18,7 +18,7 @@ func SampleSealed() []byte {
 		agentID: "spiffe://example.org/assay/agent/x", epoch: "e", revision: 7, lastSync: time.Unix(1, 2),
 		records: []sealedRecord{
 			{wire: []byte{1, 2}, committed: time.Unix(3, 4)},
-			{wire: []byte{5}, svid: &SVID{CertificatesDER: []byte{6}, KeyDER: []byte{7}, NotAfter: time.Unix(8, 0), renewAt: time.Unix(9, 0), life: time.Hour, AuthorityID: "a"}},
+			{wire: []byte{5}, svid: &SVID{CertificatesDER: []byte{6}, Key: NewPrivateKey([]byte{7}), NotAfter: time.Unix(8, 0), renewAt: time.Unix(9, 0), life: time.Hour, AuthorityID: "a"}},
 		},
 	}.encode()
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
 // metrics counts failures and, when asked, describes the cache as it is.
@@ -86,8 +87,9 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 // reasonLabel maps a reason, which comes over the wire, to a closed set.
 func reasonLabel(err error) string {
 	switch reason := fault.ReasonOf(err); reason {
-	case "entry_not_authorized", "no_such_workload_on_node", "svid_invalid", "bundle_rollback", "bundle_invalid",
-		"sync_protocol", "agent_banned", "agent_unknown", "agent_svid_not_active", "rate_limited", "audit_full", "store_full", "disk_full",
+	case agentv1.ReasonEntryNotAuthorized, "no_such_workload_on_node", "svid_invalid", "bundle_rollback", "bundle_invalid",
+		"sync_protocol", agentv1.ReasonAgentBanned, agentv1.ReasonAgentUnknown, agentv1.ReasonAgentSVIDNotActive,
+		"rate_limited", "audit_full", "store_full", "disk_full",
 		"server_unreachable", "server_untrusted":
 		return reason
 	}

@@ -59,7 +59,11 @@ func content(s *cache.Subscription) string {
 	if err != nil {
 		return fault.ReasonOf(err)
 	}
-	return fmt.Sprint(snap.BundleSequence, snap.SVIDs) // pointers: SVIDs don't change
+	text := fmt.Sprint(snap.BundleSequence)
+	for _, svid := range snap.SVIDs {
+		text += fmt.Sprintf(" %p", svid) // SVIDs don't change
+	}
+	return text
 }
 
 type world struct {

@@ -3,8 +3,6 @@ package cache
 import (
 	"bytes"
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -75,7 +73,7 @@ func (c *Cache) writeSealed(ctx context.Context) bool {
 	if !ok {
 		return false
 	}
-	keys, err := c.state.SealKeys(sealLabel)
+	keys, err := c.state.CacheKeys(sealLabel)
 	if err == nil && len(keys) == 0 {
 		return false
 	}
@@ -89,7 +87,7 @@ func (c *Cache) writeSealed(ctx context.Context) bool {
 	return true
 }
 
-func (c *Cache) writeUnder(key state.SealKey, content sealed) error {
+func (c *Cache) writeUnder(key state.CacheKey, content sealed) error {
 	data, err := seal(key, c.td.Name(), content.encode())
 	if err != nil {
 		return err
@@ -189,7 +187,7 @@ func (c *Cache) readSealed() (*sealed, error) {
 	if _, err := os.Lstat(c.file); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	keys, err := c.state.SealKeys(sealLabel)
+	keys, err := c.state.CacheKeys(sealLabel)
 	if err != nil {
 		return nil, err
 	}
@@ -207,29 +205,21 @@ func (c *Cache) readSealed() (*sealed, error) {
 	return nil, errors.New("open: not sealed under this agent's key, or damaged")
 }
 
-func gcm(key state.SealKey) (cipher.AEAD, error) {
-	block, err := aes.NewCipher(key[:])
-	if err != nil {
-		return nil, fmt.Errorf("make cipher: %w", err)
-	}
-	return cipher.NewGCMWithRandomNonce(block)
-}
-
 // seal encrypts plain. Nonces are random: at one write per second and a new
 // key every few hours their number stays far below 2^32.
-func seal(key state.SealKey, td string, plain []byte) ([]byte, error) {
-	aead, err := gcm(key)
+func seal(key state.CacheKey, td string, plain []byte) ([]byte, error) {
+	aead, err := key.AEAD()
 	if err != nil {
 		return nil, err
 	}
 	return aead.Seal([]byte(sealMagic), nil, plain, []byte(sealMagic+td)), nil //nolint:gosec // G407: the nonce is random, this AEAD makes it
 }
 
-func unseal(key state.SealKey, td string, data []byte) ([]byte, error) {
+func unseal(key state.CacheKey, td string, data []byte) ([]byte, error) {
 	if len(data) < len(sealMagic) || string(data[:len(sealMagic)]) != sealMagic {
 		return nil, errors.New("open: not a sealed file of this version")
 	}
-	aead, err := gcm(key)
+	aead, err := key.AEAD()
 	if err != nil {
 		return nil, err
 	}
@@ -261,7 +251,7 @@ func (s sealed) encode() []byte {
 	for _, r := range s.records {
 		size += len(r.wire) + 96
 		if r.svid != nil {
-			size += len(r.svid.CertificatesDER) + len(r.svid.KeyDER)
+			size += len(r.svid.CertificatesDER) + len(r.svid.Key.DER())
 		}
 	}
 	b := make([]byte, 0, size)
@@ -285,7 +275,7 @@ func (r sealedRecord) encode(b []byte) []byte {
 		return b
 	}
 	b = appendBytes(b, recordChain, r.svid.CertificatesDER)
-	b = appendBytes(b, recordKey, r.svid.KeyDER)
+	b = appendBytes(b, recordKey, r.svid.Key.DER())
 	b = appendTime(b, recordNotAfter, r.svid.NotAfter)
 	b = appendTime(b, recordRenewAt, r.svid.renewAt)
 	b = appendInt(b, recordLife, int64(r.svid.life))
@@ -381,7 +371,7 @@ func decodeRecord(b []byte) (sealedRecord, error) {
 		case recordChain:
 			svid.CertificatesDER = bytes.Clone(value)
 		case recordKey:
-			svid.KeyDER = bytes.Clone(value)
+			svid.Key = NewPrivateKey(bytes.Clone(value))
 		case recordNotAfter:
 			svid.NotAfter = time.Unix(0, number)
 		case recordRenewAt:
@@ -393,7 +383,7 @@ func decodeRecord(b []byte) (sealedRecord, error) {
 		}
 		return nil
 	})
-	if len(svid.CertificatesDER) > 0 && len(svid.KeyDER) > 0 {
+	if len(svid.CertificatesDER) > 0 && len(svid.Key.DER()) > 0 {
 		r.svid = svid
 	}
 	return r, err

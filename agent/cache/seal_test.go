@@ -69,7 +69,7 @@ func TestServesAfterAKillDuringAnOutage(t *testing.T) {
 		if h := last(f.seen().hellos); h.GetRevision() != f.revision {
 			t.Errorf("did not resume: %v", h)
 		}
-		if after := must(s.Snapshot()); !bytes.Equal(after.SVIDs[0].KeyDER, before.SVIDs[0].KeyDER) {
+		if after := must(s.Snapshot()); !bytes.Equal(after.SVIDs[0].Key.DER(), before.SVIDs[0].Key.DER()) {
 			t.Error("a good SVID was thrown away")
 		}
 	})
@@ -90,7 +90,7 @@ func TestSealedFileIsUselessWithoutTheAgentsKey(t *testing.T) {
 		if info := must(os.Stat(filepath.Dir(a.sealed()))); info.Mode().Perm() != 0o700 {
 			t.Errorf("directory mode %v", info.Mode())
 		}
-		for what, secret := range map[string][]byte{"key": svid.KeyDER, "certificate": svid.CertificatesDER[:64], "ID": []byte("web")} {
+		for what, secret := range map[string][]byte{"key": svid.Key.DER(), "certificate": svid.CertificatesDER[:64], "ID": []byte("web")} {
 			if bytes.Contains(data, secret) || strings.Contains(string(data), hex.EncodeToString(secret)) {
 				t.Errorf("the %s is there in the clear", what)
 			}
@@ -101,7 +101,7 @@ func TestSealedFileIsUselessWithoutTheAgentsKey(t *testing.T) {
 				return err
 			}
 			content := must(os.ReadFile(path))
-			key := must(x509.ParsePKCS8PrivateKey(svid.KeyDER))
+			key := must(x509.ParsePKCS8PrivateKey(svid.Key.DER()))
 			raw := must(key.(interface{ Bytes() ([]byte, error) }).Bytes())
 			if bytes.Contains(content, raw) {
 				t.Errorf("the key is in %s", path)
@@ -147,7 +147,7 @@ func TestRenewedAgentKeyOpensAndResealsTheFile(t *testing.T) {
 		f.start()
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if keys := must(a.state.SealKeys("svids")); len(keys) != 1 {
+		if keys := must(a.state.CacheKeys("svids")); len(keys) != 1 {
 			t.Error("the old key is still kept")
 		}
 		f.stop()

@@ -10,8 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc/codes"
-
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/schedule"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
@@ -182,7 +180,7 @@ func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch
 // finish turns the server's answer for one item into an SVID.
 func (j *job) finish(v *verifier, at time.Time) (*SVID, error) {
 	if f := j.result.GetFailure(); f != nil {
-		return nil, fault.New(kindOf(codes.Code(f.GetCode())), f.GetReason(), f.GetMessage())
+		return nil, fault.FromItem(f.GetCode(), f.GetReason(), f.GetMessage())
 	}
 	chain := j.result.GetChain().GetCertificates()
 	leaf, authorityID, err := v.check(chain, j.facts.spiffeID, &j.key.PublicKey, at)
@@ -195,20 +193,10 @@ func (j *job) finish(v *verifier, at time.Time) (*SVID, error) {
 	}
 	return &SVID{
 		EntryID: j.facts.id, ID: j.facts.spiffeID, Hint: j.facts.hint,
-		CertificatesDER: bytes.Join(chain, nil), KeyDER: keyDER,
+		CertificatesDER: bytes.Join(chain, nil), Key: NewPrivateKey(keyDER),
 		NotAfter: leaf.NotAfter, AuthorityID: authorityID,
 		renewAt: schedule.RenewAt(at, leaf.NotAfter), life: leaf.NotAfter.Sub(at),
 	}, nil
-}
-
-// kindOf reads an item's code by the one table that there is.
-func kindOf(code codes.Code) fault.Kind {
-	for k := fault.Internal; k <= fault.Unimplemented; k++ {
-		if fault.Code(k) == code {
-			return k
-		}
-	}
-	return fault.Internal
 }
 
 // settle puts the outcome of a batch into the cache.

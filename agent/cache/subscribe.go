@@ -14,23 +14,6 @@ import (
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
-// SVID is an X.509-SVID with its key. It is not changed after it was made.
-type SVID struct {
-	EntryID string
-	ID      spiffeid.ID
-	Hint    string
-	// CertificatesDER is the chain without the root, one after the other.
-	CertificatesDER []byte
-	// KeyDER is PKCS#8.
-	KeyDER   []byte
-	NotAfter time.Time
-	// AuthorityID is the root that the chain leads to.
-	AuthorityID string
-
-	renewAt time.Time
-	life    time.Duration
-}
-
 // Snapshot is the complete state for one set of selectors. It is shared
 // between subscribers and not changed after it was made.
 type Snapshot struct {

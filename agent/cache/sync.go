@@ -117,7 +117,7 @@ func (c *Cache) follow(ctx context.Context, conn Conn) error {
 	if err == nil {
 		err = c.exchange(ctx, conn.Client())
 	}
-	if fault.ReasonOf(err) == "agent_svid_not_active" {
+	if fault.ReasonOf(err) == agentv1.ReasonAgentSVIDNotActive {
 		// The first use of a renewed certificate ends the streams of the old
 		// one; its own connection is there in a moment. Else node attests anew,
 		// which replaces the connection as well.
@@ -175,9 +175,6 @@ func (c *Cache) hello() *agentv1.SyncRequest_Hello {
 		c.agentID, c.epoch, c.revision = id.AgentID.String(), "", 0
 	}
 	h := &agentv1.SyncRequest_Hello{Epoch: c.epoch, Revision: c.revision, AgentVersion: c.version}
-	if c.bundle != nil {
-		h.BundleSequence = c.bundle.Sequence
-	}
 	return h
 }
 
@@ -355,18 +352,7 @@ func (c *Cache) change(chunks []*agentv1.SyncResponse, list []facts) int {
 
 // takeBundle makes a bundle from the server durable, or says why it must not.
 func (c *Cache) takeBundle(from *agentv1.TrustBundle) error {
-	if from.GetTrustDomain() != c.td.Name() {
-		return fault.New(fault.Precondition, "bundle_invalid", "the server sent the bundle of another trust domain")
-	}
-	roots := make([]state.Authority, 0, len(from.GetX509Authorities()))
-	for _, a := range from.GetX509Authorities() {
-		root, err := state.ParseAuthority(a.GetId(), a.GetCertificate(), a.GetTainted())
-		if err != nil {
-			return err
-		}
-		roots = append(roots, root)
-	}
-	b, err := state.NewBundle(c.td, from.GetSequence(), true, roots)
+	b, err := state.BundleFrom(c.td, from)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/seed-caa81108/assay/agent/attest"
+	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
@@ -94,7 +95,7 @@ func TestHeaderComesFirst(t *testing.T) { // WL-4, WL-5, WL-6, NEG-35
 func TestStatusCodes(t *testing.T) { // checklist section 9; WL-10, WL-11, WL-12, WL-19, WL-20
 	ca := newAuthority(t)
 	broken := ca.snapshot(ca.svid("/a", ""))
-	broken.SVIDs[0].KeyDER = nil
+	broken.SVIDs[0].Key = cache.PrivateKey{}
 	quick := withTiming(func(w *timing) { w.hold = time.Millisecond })
 	cases := []struct {
 		name    string

@@ -100,7 +100,7 @@ func (a *authority) svid(path, hint string) *cache.SVID {
 		a.t.Fatal(err)
 	}
 	return &cache.SVID{
-		EntryID: "entry" + path, ID: spiffeid.RequireFromPath(td, path), Hint: hint, KeyDER: keyDER, NotAfter: leaf.NotAfter,
+		EntryID: "entry" + path, ID: spiffeid.RequireFromPath(td, path), Hint: hint, Key: cache.NewPrivateKey(keyDER), NotAfter: leaf.NotAfter,
 		CertificatesDER: append(append([]byte{}, leaf.Raw...), a.issuer.Raw...), AuthorityID: "root",
 	}
 }

@@ -27,7 +27,7 @@ func x509SVIDResponse(snap *cache.Snapshot) proto.Message {
 	resp := &workload.X509SVIDResponse{}
 	for _, svid := range snap.SVIDs {
 		resp.Svids = append(resp.Svids, &workload.X509SVID{
-			SpiffeId: svid.ID.String(), X509Svid: svid.CertificatesDER, X509SvidKey: svid.KeyDER,
+			SpiffeId: svid.ID.String(), X509Svid: svid.CertificatesDER, X509SvidKey: svid.Key.DER(),
 			Bundle: snap.BundleDER, Hint: svid.Hint,
 		})
 	}

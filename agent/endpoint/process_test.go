@@ -140,7 +140,7 @@ func TestPassedOnStreamGetsNothing(t *testing.T) { // NEG-41, WL-26
 	if err != nil {
 		t.Fatal(err)
 	}
-	if bytes.Contains(got, rotated.SVIDs[0].KeyDER) || e.source.wasSent(rotated) {
+	if bytes.Contains(got, rotated.SVIDs[0].Key.DER()) || e.source.wasSent(rotated) {
 		t.Fatal("the rotated key was delivered")
 	}
 }

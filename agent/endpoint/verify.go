@@ -68,7 +68,7 @@ func checkBundle(snap *cache.Snapshot) error {
 // checkSVID reads an SVID with the rules that workloads read it with: leaf
 // first, CA intermediates, PKCS#8 key of the leaf (WL-41 to WL-44).
 func checkSVID(snap *cache.Snapshot, svid *cache.SVID) error {
-	parsed, err := x509svid.ParseRaw(svid.CertificatesDER, svid.KeyDER)
+	parsed, err := x509svid.ParseRaw(svid.CertificatesDER, svid.Key.DER())
 	if err != nil {
 		return err
 	}

@@ -25,13 +25,13 @@ func TestIncompleteAnswersAreNotSent(t *testing.T) { // WL-28, WL-31, WL-33, WL-
 		"no certificate":        func(s *cache.Snapshot) { s.SVIDs[0].CertificatesDER = nil },
 		"certificate cut short": func(s *cache.Snapshot) { s.SVIDs[0].CertificatesDER = s.SVIDs[0].CertificatesDER[:100] },
 		"CA first":              func(s *cache.Snapshot) { s.SVIDs[0].CertificatesDER = ca.issuer.Raw },
-		"no key":                func(s *cache.Snapshot) { s.SVIDs[0].KeyDER = nil },
-		"another's key":         func(s *cache.Snapshot) { s.SVIDs[0].KeyDER = s.SVIDs[1].KeyDER },
-		"SEC 1 key":             func(s *cache.Snapshot) { s.SVIDs[0].KeyDER = s.SVIDs[0].KeyDER[26:] },
+		"no key":                func(s *cache.Snapshot) { s.SVIDs[0].Key = cache.PrivateKey{} },
+		"another's key":         func(s *cache.Snapshot) { s.SVIDs[0].Key = s.SVIDs[1].Key },
+		"SEC 1 key":             func(s *cache.Snapshot) { s.SVIDs[0].Key = cache.NewPrivateKey(s.SVIDs[0].Key.DER()[26:]) },
 		"another ID":            func(s *cache.Snapshot) { s.SVIDs[0].ID = s.SVIDs[1].ID },
 		"no ID":                 func(s *cache.Snapshot) { s.SVIDs[0].ID = spiffeid.ID{} },
 		"hint twice":            func(s *cache.Snapshot) { s.SVIDs[0].Hint, s.SVIDs[1].Hint = "x", "x" },
-		"second SVID broken":    func(s *cache.Snapshot) { s.SVIDs[1].KeyDER = other.svid("/b", "").KeyDER },
+		"second SVID broken":    func(s *cache.Snapshot) { s.SVIDs[1].Key = other.svid("/b", "").Key },
 	}
 	for name, spoil := range cases {
 		snap := ca.snapshot(ca.svid("/a", ""), ca.svid("/b", ""))

@@ -25,11 +25,7 @@ import (
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
-const (
-	exporterLabel  = "EXPORTER-assay-rejoin"
-	exporterLength = 32
-	maxToken       = 4 << 10
-)
+const maxToken = 4 << 10
 
 // ensureIdentity returns an identity that has not ended and that the server
 // did not disown, attesting until there is one.
@@ -116,7 +112,7 @@ func tokenHash(token string) string {
 
 func (n *Node) join(ctx context.Context, token string) error {
 	evidence := func(context.Context) ([]byte, error) { return []byte(token), nil }
-	return n.attestBy(ctx, "join_token", evidence, tokenHash(token))
+	return n.attestBy(ctx, agentv1.AttestorJoinToken, evidence, tokenHash(token))
 }
 
 // rejoin proves possession of the key that the server certified last. If the
@@ -129,7 +125,7 @@ func (n *Node) rejoin(ctx context.Context, id state.Identity) error {
 	var err error
 	for _, key := range keys {
 		evidence := func(ctx context.Context) ([]byte, error) { return rejoinEvidence(ctx, id, key) }
-		if err = n.attestBy(ctx, "rejoin", evidence, id.TokenHash); err == nil || !refused(err) || isBan(err) {
+		if err = n.attestBy(ctx, agentv1.AttestorRejoin, evidence, id.TokenHash); err == nil || !refused(err) || isBan(err) {
 			return err
 		}
 	}
@@ -148,7 +144,7 @@ func rejoinEvidence(ctx context.Context, id state.Identity, key *ecdsa.PrivateKe
 		return nil, errors.New("find the connection of the stream: no TLS")
 	}
 	agentID := id.AgentID.String()
-	material, err := tlsState.ExportKeyingMaterial(exporterLabel, []byte(agentID), exporterLength)
+	material, err := tlsState.ExportKeyingMaterial(agentv1.RejoinExporterLabel, []byte(agentID), agentv1.RejoinExporterLength)
 	if err != nil {
 		return nil, fmt.Errorf("export keying material: %w", err)
 	}
@@ -192,7 +188,7 @@ func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(cont
 	}
 	// If sending fails, receiving says why.
 	_ = stream.Send(&agentv1.AttestRequest{Step: &agentv1.AttestRequest_Start_{Start: &agentv1.AttestRequest_Start{
-		Attestor: attestor, Payload: payload, Csr: csr, AgentVersion: n.cfg.Version,
+		Attestor: attestor, Payload: payload, Csr: csr,
 	}}})
 	resp, err := stream.Recv()
 	if err != nil {
@@ -201,7 +197,7 @@ func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(cont
 	if resp.GetIdentity() == nil {
 		return fault.Newf(fault.Precondition, "challenge_unexpected", "the server sent a challenge, which attestor %s has none of: upgrade the agent", attestor)
 	}
-	b, err := bundleOf(resp.GetIdentity().GetBundle(), n.cfg)
+	b, err := state.BundleFrom(n.cfg.TrustDomain, resp.GetIdentity().GetBundle())
 	if err != nil {
 		return err
 	}
@@ -283,22 +279,6 @@ func (n *Node) accept(from *agentv1.Identity, key *ecdsa.PrivateKey) (state.Iden
 	}
 	out.AgentID = id
 	return out, nil
-}
-
-// bundleOf reads a bundle that a verified server sent.
-func bundleOf(from *agentv1.TrustBundle, cfg Config) (*state.Bundle, error) {
-	if from.GetTrustDomain() != cfg.TrustDomain.Name() {
-		return nil, fault.New(fault.Precondition, "bundle_invalid", "the server sent the bundle of another trust domain")
-	}
-	roots := make([]state.Authority, 0, len(from.GetX509Authorities()))
-	for _, a := range from.GetX509Authorities() {
-		root, err := state.ParseAuthority(a.GetId(), a.GetCertificate(), a.GetTainted())
-		if err != nil {
-			return nil, err
-		}
-		roots = append(roots, root)
-	}
-	return state.NewBundle(cfg.TrustDomain, from.GetSequence(), true, roots)
 }
 
 // csrFor makes a CSR that names nobody: only a key and its proof.

@@ -116,14 +116,14 @@ func verdictOf(err error) error {
 	switch {
 	case isBan(err):
 		return err
-	case fault.ReasonOf(err) == "agent_unknown", fault.ReasonOf(err) == "agent_svid_not_active",
+	case fault.ReasonOf(err) == agentv1.ReasonAgentUnknown, fault.ReasonOf(err) == agentv1.ReasonAgentSVIDNotActive,
 		fault.KindOf(err) == fault.Unauthenticated:
 		return fmt.Errorf("%w: %w", errNotAccepted, err)
 	}
 	return nil
 }
 
-func isBan(err error) bool { return fault.ReasonOf(err) == "agent_banned" }
+func isBan(err error) bool { return fault.ReasonOf(err) == agentv1.ReasonAgentBanned }
 
 func (c *Conn) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	err := invoke(ctx, method, req, reply, cc, opts...)

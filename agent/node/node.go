@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -54,9 +55,11 @@ type Node struct {
 	metrics  *metrics
 	reach    func(ctx context.Context, address string) (net.Conn, error)
 
-	// Owned by Run.
-	bootstrap *state.Bundle
-	// disowned: the server does not accept the identity in the state.
+	// bootstrap is set by Run and read by handshakes, which gRPC makes when it
+	// sees fit, also while Run is fetching it again.
+	bootstrap atomic.Pointer[state.Bundle]
+	// disowned: the server does not accept the identity in the state. Owned by
+	// Run.
 	disowned bool
 
 	mu      sync.Mutex

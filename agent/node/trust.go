@@ -178,12 +178,12 @@ func (n *Node) establishTrust(ctx context.Context) error {
 	}
 	if n.cfg.TrustBundle != "" {
 		b, err := readTrustBundle(n.cfg.TrustBundle, n.cfg.TrustDomain)
-		n.bootstrap = b
+		n.bootstrap.Store(b)
 		return err
 	}
 	return n.retry(ctx, "fetch the root that the pin names", "pin", func(ctx context.Context) error {
 		b, err := n.fetchPinned(ctx)
-		n.bootstrap = b
+		n.bootstrap.Store(b)
 		return err
 	})
 }
@@ -221,5 +221,5 @@ func (n *Node) bundle() *state.Bundle {
 	if b, ok := n.state.Bundle(); ok && b.Authenticated {
 		return b
 	}
-	return n.bootstrap
+	return n.bootstrap.Load()
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
 // Authority is a root of a bundle.
@@ -65,6 +66,23 @@ func NewBundle(td spiffeid.TrustDomain, sequence uint64, authenticated bool, roo
 	b := &Bundle{TrustDomain: td, Sequence: sequence, Authenticated: authenticated, Authorities: slices.Clone(roots)}
 	slices.SortFunc(b.Authorities, func(x, y Authority) int { return strings.Compare(x.ID, y.ID) })
 	return b, b.check()
+}
+
+// BundleFrom returns the bundle of td that a server sent. Whoever calls it has
+// verified that server, so the bundle is authenticated.
+func BundleFrom(td spiffeid.TrustDomain, from *agentv1.TrustBundle) (*Bundle, error) {
+	if from.GetTrustDomain() != td.Name() {
+		return nil, fault.New(fault.Precondition, "bundle_invalid", "the server sent the bundle of another trust domain")
+	}
+	roots := make([]Authority, 0, len(from.GetX509Authorities()))
+	for _, a := range from.GetX509Authorities() {
+		root, err := ParseAuthority(a.GetId(), a.GetCertificate(), a.GetTainted())
+		if err != nil {
+			return nil, err
+		}
+		roots = append(roots, root)
+	}
+	return NewBundle(td, from.GetSequence(), true, roots)
 }
 
 // check holds what is true of every bundle. One without roots would make every

@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -19,7 +17,8 @@ import (
 // version of all files in the directory.
 const version = 1
 
-// Identity is the agent's own X.509-SVID with its key.
+// Identity is the agent's own X.509-SVID with its key. Whoever prints, logs or
+// encodes one gets the agent's ID alone.
 type Identity struct {
 	AgentID spiffeid.ID
 	Key     *ecdsa.PrivateKey
@@ -40,73 +39,6 @@ func (i Identity) NotAfter() time.Time {
 		}
 	}
 	return at
-}
-
-// SealKey encrypts what this agent keeps outside of its data directory.
-type SealKey [32]byte
-
-// String hides the key.
-func (SealKey) String() string { return "[seal key]" }
-
-// GoString hides the key.
-func (SealKey) GoString() string { return "[seal key]" }
-
-// SealKeys returns keys for sealing under the given label, derived from the
-// agent's private key: the first one seals; the second, if any, belongs to the
-// key before and only opens. It returns none before the agent attested.
-func (s *State) SealKeys(label string) ([]SealKey, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var keys []SealKey
-	if s.identity == nil {
-		return nil, nil
-	}
-	for _, from := range []*ecdsa.PrivateKey{s.identity.Key, s.previous} {
-		if from == nil {
-			continue
-		}
-		key, err := sealKey(from, label)
-		if err != nil {
-			return nil, err
-		}
-		keys = append(keys, key)
-	}
-	return keys, nil
-}
-
-// Resealed says that all that was sealed under label is now under key. If that
-// is the newest one, the private key before is forgotten.
-func (s *State) Resealed(label string, key SealKey) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.identity == nil || s.previous == nil {
-		return nil
-	}
-	newest, err := sealKey(s.identity.Key, label)
-	if err != nil || newest != key {
-		return err
-	}
-	data, err := encodeIdentity(s.identity, nil)
-	if err != nil {
-		return err
-	}
-	if err := s.write(identityName, data); err != nil {
-		return err
-	}
-	s.previous = nil
-	return nil
-}
-
-func sealKey(from *ecdsa.PrivateKey, label string) (SealKey, error) {
-	secret, err := from.Bytes()
-	if err != nil {
-		return SealKey{}, fmt.Errorf("read private key: %w", err)
-	}
-	derived, err := hkdf.Key(sha256.New, secret, nil, "assay agent seal: "+label, len(SealKey{}))
-	if err != nil {
-		return SealKey{}, fmt.Errorf("derive seal key: %w", err)
-	}
-	return SealKey(derived), nil
 }
 
 type identityFile struct {

@@ -37,7 +37,7 @@ type State struct {
 
 	mu        sync.Mutex
 	identity  *Identity
-	previous  *ecdsa.PrivateKey // of the identity before; see SealKeys
+	previous  *ecdsa.PrivateKey // of the identity before; see CacheKeys
 	next      *ecdsa.PrivateKey
 	bundle    *Bundle
 	delivered []Delivered

@@ -6,8 +6,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/selector"
@@ -92,25 +90,12 @@ func parseMoment(flag, text string, now time.Time) (time.Time, error) {
 // "<reason>: <text>", as in every status of ours; a server that sends anything
 // else (SPIRE does) gets its kind as the reason.
 func itemError(st *types.Status) error {
-	code := codes.Code(st.GetCode())
-	if code == codes.OK {
+	if st.GetCode() == 0 {
 		return nil
 	}
-	kind := fault.KindOf(fault.FromStatus(status.Error(code, "")))
 	reason, text, ok := strings.Cut(st.GetMessage(), ": ")
-	if !ok || !isReason(reason) {
-		reason, text = kind.Error(), st.GetMessage()
+	if !ok || !fault.IsReason(reason) {
+		reason, text = "", st.GetMessage()
 	}
-	if text == "" {
-		text = "the server gives no reason"
-	}
-	return fault.New(kind, reason, text)
-}
-
-// isReason says whether s is a snake_case code.
-func isReason(s string) bool {
-	if s == "" || len(s) > 64 || s[0] == '_' {
-		return false
-	}
-	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789_") == ""
+	return fault.FromItem(st.GetCode(), reason, text)
 }

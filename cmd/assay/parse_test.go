@@ -177,7 +177,7 @@ func FuzzItemError(f *testing.F) {
 		if err == nil {
 			return
 		}
-		if r := fault.ReasonOf(err); !isReason(r) {
+		if r := fault.ReasonOf(err); !fault.IsReason(r) {
 			t.Fatalf("reason %q", r)
 		}
 		if line := oneLine(fault.SafeText(err)); strings.ContainsAny(line, "\n\x1b") {

@@ -75,3 +75,32 @@ func TestFromStatusOfForeignErrors(t *testing.T) {
 		t.Error("nil must stay nil")
 	}
 }
+
+func TestItemRoundTrip(t *testing.T) {
+	for k := fault.Internal; k <= fault.Unimplemented; k++ {
+		back := fault.FromItem(int32(fault.Code(k)), "some_reason", "some text")
+		if fault.KindOf(back) != k || fault.ReasonOf(back) != "some_reason" || fault.SafeText(back) != "some text" {
+			t.Errorf("%v came back as %v", k, back)
+		}
+	}
+}
+
+// An item's code means what the same code of a whole call means.
+func TestItemsAreReadAsStatuses(t *testing.T) {
+	for code := codes.Canceled; code < 20; code++ {
+		whole, item := fault.FromStatus(status.Error(code, "x")), fault.FromItem(int32(code), "", "x")
+		if fault.KindOf(item) != fault.KindOf(whole) || fault.ReasonOf(item) != fault.ReasonOf(whole) || fault.SafeText(item) != "x" {
+			t.Errorf("%v: item %v, status %v", code, item, whole)
+		}
+	}
+	for _, code := range []int32{-1, 0, 1 << 30} {
+		if err := fault.FromItem(code, "some_reason", ""); fault.KindOf(err) != fault.Internal || fault.SafeText(err) == "" {
+			t.Errorf("%d: %v", code, err)
+		}
+	}
+	for _, reason := range []string{"", "_x", "Not One", "a-b", "a\nb", strings.Repeat("x", 65)} {
+		if err := fault.FromItem(int32(codes.NotFound), reason, "x"); fault.ReasonOf(err) != "not_found" {
+			t.Errorf("%q: %v", reason, err)
+		}
+	}
+}

@@ -40,6 +40,44 @@ func Code(k Kind) codes.Code {
 	return codes.Internal
 }
 
+// kindOfCode reads a peer's code. Those that say that a call did not come to
+// its end are NotReady, those that no kind has are Internal.
+func kindOfCode(code codes.Code) Kind {
+	switch code {
+	case codes.DeadlineExceeded, codes.Canceled, codes.Unknown:
+		return NotReady
+	}
+	for _, row := range table {
+		if row.code == code {
+			return row.kind
+		}
+	}
+	return Internal
+}
+
+// FromItem reads the failure of one item of a batch back into a fault. Its
+// code is Code's, as in a status. A reason that is no reason becomes the
+// kind's name. The result is never nil: an item that failed with code OK is a
+// defect of the peer, Internal.
+func FromItem(code int32, reason, text string) error {
+	kind := kindOfCode(codes.Code(code))
+	if !IsReason(reason) {
+		reason = kind.Error()
+	}
+	if text == "" {
+		text = "the server gives no reason"
+	}
+	return New(kind, reason, text)
+}
+
+// IsReason says whether s can be a reason: a short snake_case code.
+func IsReason(s string) bool {
+	if s == "" || len(s) > 64 || s[0] == '_' {
+		return false
+	}
+	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789_") == ""
+}
+
 // Status turns err into what a peer may see: kind, reason, safe text and, if
 // not empty, the request id. The cause stays behind.
 func Status(err error, requestID string) *status.Status {
@@ -81,17 +119,7 @@ func FromStatus(err error) error {
 	if !ok {
 		return Wrap(NotReady, err, "unavailable", "the peer can't be reached")
 	}
-	kind := Internal
-	switch st.Code() {
-	case codes.DeadlineExceeded, codes.Canceled, codes.Unknown:
-		kind = NotReady
-	default:
-		for _, row := range table {
-			if row.code == st.Code() {
-				kind = row.kind
-			}
-		}
-	}
+	kind := kindOfCode(st.Code())
 	f := &Fault{kind: kind, reason: kind.Error(), safe: st.Message()}
 	for _, d := range st.Details() {
 		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == Domain {

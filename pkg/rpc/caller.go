@@ -40,6 +40,8 @@ type Caller struct {
 
 	// Addr is the remote address, or "unix".
 	Addr string
+	// RequestID of the RPC that this is the caller of.
+	RequestID string
 }
 
 // call is what the tap handle finds out about one RPC.
@@ -52,6 +54,7 @@ type callKey struct{}
 
 func withCall(ctx context.Context) (context.Context, *call) {
 	c := &call{caller: callerOf(ctx), id: rand.Text()}
+	c.caller.RequestID = c.id
 	return context.WithValue(ctx, callKey{}, c), c
 }
 

@@ -1,5 +1,5 @@
-// Package rpc builds every gRPC server and client of Assay, so that one set of
-// rules holds on every socket:
+// Package rpc builds every gRPC server of Assay, and the TLS of its clients, so
+// that one set of rules holds on every socket:
 //
 //  1. The transport establishes who is calling: a local peer by its kernel
 //     credentials, a remote one by its X.509-SVID (valid, expired or none).

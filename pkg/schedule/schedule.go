@@ -15,7 +15,11 @@ import (
 // RenewAt returns when to renew a credential received at received that ends at
 // notAfter: at half of its remaining life, plus or minus a tenth of that life,
 // so that a fleet started together does not renew together.
+//
+// The answer has no monotonic part, so that comparing it with time.Now goes by
+// the wall clock.
 func RenewAt(received, notAfter time.Time) time.Time {
+	received = received.Round(0)
 	life := notAfter.Sub(received)
 	if life <= 0 {
 		return received

@@ -28,6 +28,15 @@ func TestRenewAtIsHalfLifeWithinATenth(t *testing.T) {
 	}
 }
 
+func TestRenewAtHasNoMonotonicPart(t *testing.T) {
+	now := time.Now()
+	for _, end := range []time.Time{now.Add(time.Hour), now.Add(-time.Hour)} {
+		if at := schedule.RenewAt(now, end); at != at.Round(0) {
+			t.Errorf("%v: a suspend of the machine would delay it", at)
+		}
+	}
+}
+
 func TestTick(t *testing.T) {
 	for ttl, want := range map[time.Duration]time.Duration{
 		time.Hour: 15 * time.Second, 10 * time.Second: 500 * time.Millisecond, 0: 50 * time.Millisecond,

@@ -25,7 +25,7 @@ const (
 type Refusals struct {
 	audit Auditor
 	log   *slog.Logger
-	queue chan audit.Line
+	queue chan refused
 
 	mu     sync.Mutex
 	recent map[refusal]time.Time
@@ -38,9 +38,15 @@ type refusal struct {
 	reason string
 }
 
+// refused is one refusal that is to be written.
+type refused struct {
+	caller rpc.Caller
+	err    error
+}
+
 // NewRefusals returns refusals that are written by Run.
 func NewRefusals(log Auditor, logger *slog.Logger) *Refusals {
-	return &Refusals{audit: log, log: logger, queue: make(chan audit.Line, maxRefused), recent: map[refusal]time.Time{}}
+	return &Refusals{audit: log, log: logger, queue: make(chan refused, maxRefused), recent: map[refusal]time.Time{}}
 }
 
 // Report takes note of a refusal. It never blocks; it is a Refused.
@@ -52,14 +58,8 @@ func (r *Refusals) Report(c rpc.Caller, err error) {
 	if !r.first(key, time.Now()) {
 		return
 	}
-	line := audit.Line{
-		Origin: audit.Origin{Actor: actor(c), From: c.Addr},
-		Action: "call.refuse",
-		Why:    audit.Why{Rule: "method_table"},
-		Result: result(err),
-	}
 	select {
-	case r.queue <- line:
+	case r.queue <- refused{c, err}:
 	default: // the log of the process has every refusal; the audit log has as many as it can take
 	}
 }
@@ -81,13 +81,13 @@ func (r *Refusals) first(key refusal, now time.Time) bool {
 func (r *Refusals) Run(ctx context.Context) error {
 	for {
 		select {
-		case line := <-r.queue:
-			r.write(ctx, line)
+		case one := <-r.queue:
+			r.write(ctx, one)
 		case <-ctx.Done():
 			for {
 				select {
-				case line := <-r.queue:
-					r.write(ctx, line)
+				case one := <-r.queue:
+					r.write(ctx, one)
 				default:
 					return nil
 				}
@@ -96,7 +96,13 @@ func (r *Refusals) Run(ctx context.Context) error {
 	}
 }
 
-func (r *Refusals) write(ctx context.Context, line audit.Line) {
+func (r *Refusals) write(ctx context.Context, one refused) {
+	line := audit.Line{
+		Origin: audit.Origin{RequestID: one.caller.RequestID, Actor: actor(one.caller), From: one.caller.Addr},
+		Action: "call.refuse",
+		Why:    audit.Why{Rule: "method_table"},
+		Result: result(one.err),
+	}
 	if err := r.audit.Record(context.WithoutCancel(ctx), line); err != nil {
 		r.log.LogAttrs(ctx, slog.LevelError, "refusal is not in the audit log", slog.String("error", err.Error()))
 	}

@@ -114,7 +114,7 @@ func joined(t *testing.T, r *registry.Registry, key crypto.Signer) spiffeid.ID {
 // connection.
 func payload(t *testing.T, agent spiffeid.ID, key *ecdsa.PrivateKey, end tls.ConnectionState) *agentv1.RejoinPayload {
 	t.Helper()
-	material, err := end.ExportKeyingMaterial(attest.RejoinLabel, []byte(agent.String()), 32)
+	material, err := end.ExportKeyingMaterial("EXPORTER-assay-rejoin", []byte(agent.String()), 32)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,10 +17,6 @@ import (
 )
 
 const (
-	// RejoinLabel separates our use of the TLS exporter from all others.
-	RejoinLabel = "EXPORTER-assay-rejoin"
-	// rejoinLength is the length of the exported material, in bytes.
-	rejoinLength = 32
 	// Bounds of the payload's parts: an ECDSA key and signature of any curve
 	// that an agent may have are far below.
 	maxRejoinKey       = 256
@@ -79,7 +75,7 @@ func verifyPossession(e Evidence, p *agentv1.RejoinPayload) error {
 	if !ok {
 		return refused(errors.New("read public key: not ECDSA"))
 	}
-	material, err := e.Export(RejoinLabel, []byte(p.GetAgentId()), rejoinLength)
+	material, err := e.Export(agentv1.RejoinExporterLabel, []byte(p.GetAgentId()), agentv1.RejoinExporterLength)
 	if err != nil {
 		return fmt.Errorf("export keying material: %w", err)
 	}

@@ -409,3 +409,19 @@ func TestOpenNeedsAllItsParts(t *testing.T) {
 		}
 	}
 }
+
+// I4: nothing chains to a root before the root is durable.
+func TestNoIssuerBeforeTheRootIsDurable(t *testing.T) {
+	w := newWorld(t)
+	refuse := func() error { return errDown }
+	w.kv.onCommit.Store(&refuse)
+	if a, err := Open(t.Context(), w.opts); err == nil {
+		t.Fatalf("opened %v over a store that takes no root", a.Bundle().Roots)
+	}
+	if len(w.audit.taken("root.create")) != 1 {
+		t.Error("the root was not even tried: the test proves nothing")
+	}
+	if lines := w.audit.taken("issuer.create"); len(lines) > 0 {
+		t.Errorf("an issuer under a root that was never stored: %v", lines)
+	}
+}

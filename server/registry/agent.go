@@ -12,11 +12,12 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/selector"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/store"
 )
 
 // JoinToken is the attestor of agents that came with a join token.
-const JoinToken = "join_token"
+const JoinToken = agentv1.AttestorJoinToken
 
 // Agent is an attested node. Serials are lower-case hex, keys the hex SHA-256
 // of the SubjectPublicKeyInfo.
@@ -224,15 +225,15 @@ func (r *Registry) Rejoinable(id spiffeid.ID, keyHash string, now time.Time) err
 }
 
 func agentUnknown() error {
-	return fault.New(fault.Denied, "agent_unknown", "the server has no record of this agent; attest anew")
+	return fault.New(fault.Denied, agentv1.ReasonAgentUnknown, "the server has no record of this agent; attest anew")
 }
 
 func agentBanned() error {
-	return fault.New(fault.Denied, "agent_banned", "this agent is banned; an operator has to evict it before it can attest anew")
+	return fault.New(fault.Denied, agentv1.ReasonAgentBanned, "this agent is banned; an operator has to evict it before it can attest anew")
 }
 
 func notActive() error {
-	return fault.New(fault.Denied, "agent_svid_not_active",
+	return fault.New(fault.Denied, agentv1.ReasonAgentSVIDNotActive,
 		"this certificate was replaced by a newer one; if the agent does not have the newer one, its key may be in other hands")
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/selector"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
 // Match says how the selectors of an entry relate to those of a filter.
@@ -124,7 +125,7 @@ func (m *mirror) scan(f *EntryFilter, from *item, do func(*Entry) bool) (last *i
 func (r *Registry) EntryFor(agent spiffeid.ID, entryID string) (Entry, error) {
 	it, ok := r.mirror.entry(entryID)
 	if !ok || it.ParentID != agent || it.expired(time.Now()) {
-		return Entry{}, fault.New(fault.NotFound, "entry_not_authorized", "this agent has no such entry")
+		return Entry{}, fault.New(fault.NotFound, agentv1.ReasonEntryNotAuthorized, "this agent has no such entry")
 	}
 	return it.Entry, nil
 }

@@ -1076,7 +1076,6 @@ type AttestRequest_Start struct {
 	// PKCS#10 DER. Gives the public key and its proof of possession; subject,
 	// SAN and extensions must be empty.
 	Csr           []byte `protobuf:"bytes,3,opt,name=csr,proto3" json:"csr,omitempty"`
-	AgentVersion  string `protobuf:"bytes,4,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1132,24 +1131,15 @@ func (x *AttestRequest_Start) GetCsr() []byte {
 	return nil
 }
 
-func (x *AttestRequest_Start) GetAgentVersion() string {
-	if x != nil {
-		return x.AgentVersion
-	}
-	return ""
-}
-
 type SyncRequest_Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Epoch and revision of the last SyncResponse that was applied; empty and
 	// zero when the agent holds nothing.
-	Epoch        string `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Revision     int64  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
-	AgentVersion string `protobuf:"bytes,3,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	// Sequence of the bundle that the agent holds; zero when it holds none.
-	BundleSequence uint64 `protobuf:"varint,4,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	Epoch         string `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Revision      int64  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	AgentVersion  string `protobuf:"bytes,3,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncRequest_Hello) Reset() {
@@ -1201,13 +1191,6 @@ func (x *SyncRequest_Hello) GetAgentVersion() string {
 		return x.AgentVersion
 	}
 	return ""
-}
-
-func (x *SyncRequest_Hello) GetBundleSequence() uint64 {
-	if x != nil {
-		return x.BundleSequence
-	}
-	return 0
 }
 
 // Ack means: the bundle is durable in the agent's state, was written to
@@ -1641,15 +1624,14 @@ var File_agent_v1_agent_proto protoreflect.FileDescriptor
 
 const file_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x14agent/v1/agent.proto\x12\x0eassay.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfb\x01\n" +
+	"\x14agent/v1/agent.proto\x12\x0eassay.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd6\x01\n" +
 	"\rAttestRequest\x12;\n" +
 	"\x05start\x18\x01 \x01(\v2#.assay.agent.v1.AttestRequest.StartH\x00R\x05start\x12/\n" +
-	"\x12challenge_response\x18\x02 \x01(\fH\x00R\x11challengeResponse\x1at\n" +
+	"\x12challenge_response\x18\x02 \x01(\fH\x00R\x11challengeResponse\x1aO\n" +
 	"\x05Start\x12\x1a\n" +
 	"\battestor\x18\x01 \x01(\tR\battestor\x12\x18\n" +
 	"\apayload\x18\x02 \x01(\fR\apayload\x12\x10\n" +
-	"\x03csr\x18\x03 \x01(\fR\x03csr\x12#\n" +
-	"\ragent_version\x18\x04 \x01(\tR\fagentVersionB\x06\n" +
+	"\x03csr\x18\x03 \x01(\fR\x03csrB\x06\n" +
 	"\x04step\"p\n" +
 	"\x0eAttestResponse\x12\x1e\n" +
 	"\tchallenge\x18\x01 \x01(\fH\x00R\tchallenge\x126\n" +
@@ -1667,16 +1649,15 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\fRenewRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"E\n" +
 	"\rRenewResponse\x124\n" +
-	"\bidentity\x18\x01 \x01(\v2\x18.assay.agent.v1.IdentityR\bidentity\"\xa7\x06\n" +
+	"\bidentity\x18\x01 \x01(\v2\x18.assay.agent.v1.IdentityR\bidentity\"\xfd\x05\n" +
 	"\vSyncRequest\x129\n" +
 	"\x05hello\x18\x01 \x01(\v2!.assay.agent.v1.SyncRequest.HelloH\x00R\x05hello\x123\n" +
 	"\x03ack\x18\x02 \x01(\v2\x1f.assay.agent.v1.SyncRequest.AckH\x00R\x03ack\x12<\n" +
-	"\x06report\x18\x03 \x01(\v2\".assay.agent.v1.SyncRequest.ReportH\x00R\x06report\x1a\x87\x01\n" +
+	"\x06report\x18\x03 \x01(\v2\".assay.agent.v1.SyncRequest.ReportH\x00R\x06report\x1a^\n" +
 	"\x05Hello\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12#\n" +
-	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\x12'\n" +
-	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x1ak\n" +
+	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\x1ak\n" +
 	"\x03Ack\x12'\n" +
 	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12;\n" +
 	"\vwaits_until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
