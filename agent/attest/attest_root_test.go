@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
@@ -134,4 +135,31 @@ func TestUnmappedGroupsGiveNoSelector(t *testing.T) {
 	if got := p.facts.process.Groups; !slices.Equal(got, []uint32{4}) {
 		t.Fatalf("groups %v", got)
 	}
+}
+
+// An exec can change the user as well: the effective uid of a setuid program is
+// not the uid that connected.
+func TestExecOfASetuidProgramIsAnotherCaller(t *testing.T) { // NEG-37, NEG-41
+	kernels(t, func(t *testing.T, a *Attestor) {
+		program := copyOfThisBinary(t)
+		for path, mode := range map[string]os.FileMode{
+			program: 0o755 | os.ModeSetuid, filepath.Dir(program): 0o755, filepath.Dir(filepath.Dir(program)): 0o755,
+		} {
+			if err := os.Chmod(path, mode); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := listen(t, a)
+		c := startCaller(t, "exec", s.path, func(cmd *exec.Cmd) {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1234, Gid: 1234}}
+		})
+		c.await("connected")
+		p, _ := s.accept(t)
+		if set, err := p.Selectors(t.Context()); err != nil || !set.Contains(selector.NewSet(selector.Selector{Type: "unix", Value: "uid:1234"})) {
+			t.Fatalf("before: %v, %v", set, err)
+		}
+		c.tell(program)
+		until(t, "exec", func() bool { return p.Check() != nil })
+		wantRefusal(t, p.Check(), fault.Denied, "caller_changed")
+	})
 }
