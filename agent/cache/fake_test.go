@@ -421,7 +421,6 @@ func (c *fakeConn) Ready(ctx context.Context) error {
 	if !up {
 		return fault.New(fault.NotReady, "server_unreachable", "the server at server:8443 can't be reached")
 	}
-	c.cc.ResetConnectBackoff()
 	c.cc.Connect()
 	for state := c.cc.GetState(); state != connectivity.Ready; state = c.cc.GetState() {
 		if !c.cc.WaitForStateChange(ctx, state) {
@@ -457,7 +456,7 @@ func (c *connector) dial() *fakeConn {
 			}
 			return lis.DialContext(ctx)
 		}),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: 10 * time.Second}}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: 5 * time.Second}}),
 		grpc.WithIdleTimeout(0)))
 	return &fakeConn{fake: c.fake, cc: cc, replaced: make(chan struct{})}
 }

@@ -66,6 +66,7 @@ func TestServesAfterAKillDuringAnOutage(t *testing.T) {
 		f.start()
 		f.with(func() { clear(f.refuse) })
 		awaitPaths(t, s, "web", "db")
+		time.Sleep(time.Minute) // the stream may come back after the first signature
 		if h := last(f.seen().hellos); h.GetRevision() != f.revision {
 			t.Errorf("did not resume: %v", h)
 		}

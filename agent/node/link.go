@@ -131,13 +131,12 @@ func (l *link) explain(err error) error {
 }
 
 // ready returns when there is a connection, at once if there is, or why there
-// can't be one now. It does not wait for the pauses of gRPC, so callers make
-// their own.
+// can't be one now. It waits for gRPC's next try, which is never far: to cut its
+// pauses short with ResetConnectBackoff is a data race in gRPC.
 func (l *link) ready(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	l.hope()
-	l.ResetConnectBackoff()
 	for {
 		state := l.GetState()
 		switch state {

@@ -201,7 +201,6 @@ func (n *Node) connect(ctx context.Context, id state.Identity) (*Conn, error) {
 		if !time.Now().Before(id.NotAfter()) {
 			return errors.Join(errNotAccepted, errExpired)
 		}
-		conn.cc.ResetConnectBackoff()
 		err := n.probe(ctx, conn)
 		if verdict := verdictOf(err); verdict != nil {
 			return verdict
