@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -117,6 +118,7 @@ type source struct {
 	subs       map[*subscription]struct{}
 	subscribed int
 	sent       []*cache.Snapshot
+	taken      *cache.Snapshot // the last one that a stream asked for
 	selectors  selector.Set
 }
 
@@ -158,14 +160,19 @@ func (s *source) open() int {
 }
 
 func (s *source) wasSent(snap *cache.Snapshot) bool {
+	return slices.Contains(s.allSent(), snap)
+}
+
+func (s *source) allSent() []*cache.Snapshot {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, have := range s.sent {
-		if have == snap {
-			return true
-		}
-	}
-	return false
+	return slices.Clone(s.sent)
+}
+
+func (s *source) wasTaken(snap *cache.Snapshot) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.taken == snap
 }
 
 func (s *subscription) Changed() <-chan struct{} { return s.changed }
@@ -173,6 +180,7 @@ func (s *subscription) Changed() <-chan struct{} { return s.changed }
 func (s *subscription) Snapshot() (*cache.Snapshot, error) {
 	s.source.mu.Lock()
 	defer s.source.mu.Unlock()
+	s.source.taken = s.source.snap
 	return s.source.snap, s.source.err
 }
 
@@ -279,9 +287,10 @@ func serve(t testing.TB, src *source, opts ...option) *endpoint {
 	return e
 }
 
-func (e *endpoint) conn() *grpc.ClientConn {
+func (e *endpoint) conn(opts ...grpc.DialOption) *grpc.ClientConn {
 	e.t.Helper()
-	cc, err := grpc.NewClient("unix://"+e.path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	opts = append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	cc, err := grpc.NewClient("unix://"+e.path, opts...)
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -289,8 +298,8 @@ func (e *endpoint) conn() *grpc.ClientConn {
 	return cc
 }
 
-func (e *endpoint) client() workload.SpiffeWorkloadAPIClient {
-	return workload.NewSpiffeWorkloadAPIClient(e.conn())
+func (e *endpoint) client(opts ...grpc.DialOption) workload.SpiffeWorkloadAPIClient {
+	return workload.NewSpiffeWorkloadAPIClient(e.conn(opts...))
 }
 
 func (e *endpoint) dial() net.Conn {

@@ -357,13 +357,18 @@ func TestConnectionOfStalledStreamsIsClosed(t *testing.T) { // NEG-43
 func TestShutdownWithAStalledStream(t *testing.T) {
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: large(t, ca, ca.root.Raw)}, withTiming(func(w *timing) { w.grace = 50 * time.Millisecond }))
-	fetch(t, e.client(), withHeader(t))
+	window := grpc.WithStaticStreamWindowSize(64 << 10)
+	fetch(t, e.client(window), withHeader(t)) // never reads
 	until(t, "open", func() bool { return e.value("assay_workload_streams") == 1 })
-	var blocked *cache.Snapshot
-	for range 5 {
-		blocked = large(t, ca, ca.root.Raw)
-		e.source.set(blocked, nil)
-	}
+	// What the client's window and the stream's quota take ahead, 64 KiB each,
+	// is less than two of these messages: the second is the last to be sent.
+	until(t, "first sent", func() bool { return len(e.source.allSent()) == 1 })
+	second := large(t, ca, ca.root.Raw)
+	e.source.set(second, nil)
+	until(t, "second sent", func() bool { return e.source.wasSent(second) })
+	blocked := large(t, ca, ca.root.Raw)
+	e.source.set(blocked, nil)
+	until(t, "third on its way", func() bool { return e.source.wasTaken(blocked) })
 	e.stop() // ends, and the race detector and the count of subscriptions are content
 	if e.source.wasSent(blocked) {
 		t.Fatal("what could not be sent counts as delivered")
