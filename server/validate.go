@@ -14,6 +14,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -97,7 +98,7 @@ func (c Config) checkIdentity() error {
 	if c.TrustDomain == "" {
 		return badConfig("trust_domain is missing: set trust_domain: example.org, with your own name")
 	}
-	id, err := registry.ParseID("spiffe://" + c.TrustDomain)
+	id, err := name.ParseID("spiffe://" + c.TrustDomain)
 	if err != nil || id.Path() != "" {
 		return badConfig("trust_domain is not the name of a trust domain: a-z, 0-9, dot, dash and underscore, at most 255, no scheme, port or empty label, as in trust_domain: example.org")
 	}

@@ -22,14 +22,14 @@ var rooms = map[string][]string{
 
 	"server": {
 		"server/api", "server/attest", "server/audit", "server/ca", "server/keys", "server/registry", "server/store",
-		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule",
+		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule",
 	},
 	"server/api": {
 		"server/attest", "server/audit", "server/ca", "server/registry",
-		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/rpc", "pkg/selector",
+		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
 	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
-	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/schedule", "pkg/selector"},
+	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
 	"server/keys":     {"pkg/durable", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
@@ -54,7 +54,8 @@ var rooms = map[string][]string{
 	"pkg/durable":   {"pkg/fault"},
 	"pkg/failpoint": {},
 	"pkg/fault":     {},
-	"pkg/rpc":       {"pkg/fault"},
+	"pkg/name":      {"pkg/fault"},
+	"pkg/rpc":       {"pkg/fault", "pkg/name"},
 	"pkg/schedule":  {},
 	"pkg/selector":  {"pkg/fault"},
 

@@ -9,15 +9,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 )
 
-const (
-	// maxIDLength is the longest SPIFFE ID that must be supported, in bytes
-	// (SPIFFE-ID section 2.3).
-	maxIDLength = 2048
-	// maxChain bounds what a peer may make us verify.
-	maxChain = 4
-)
+// maxChain bounds what a peer may make us verify.
+const maxChain = 4
 
 var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
@@ -91,10 +87,7 @@ func LeafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 	if err != nil {
 		return spiffeid.ID{}, err
 	}
-	if len(uri) > maxIDLength {
-		return spiffeid.ID{}, invalidSVID("the SPIFFE ID is longer than 2048 bytes", nil)
-	}
-	id, err := spiffeid.FromString(uri)
+	id, err := name.ParseID(uri)
 	if err != nil {
 		return spiffeid.ID{}, invalidSVID("the URI is not a SPIFFE ID", err)
 	}

@@ -78,6 +78,16 @@ func TestVerifyPeerRefusesWhatIsNoX509SVID(t *testing.T) {
 	}
 }
 
+// crypto/x509 does not parse such a name today; LeafID does not lean on that.
+func TestLeafIDRefusesAnEmptyLabel(t *testing.T) { // ID-29
+	for text, want := range map[string]bool{"spiffe://a.b/p": true, "spiffe://a..b/p": false, "spiffe://.a/p": false, "spiffe://a./p": false} {
+		leaf := &x509.Certificate{KeyUsage: x509.KeyUsageDigitalSignature, Extensions: []pkix.Extension{rawSAN(text)}}
+		if _, err := rpc.LeafID(leaf); (err == nil) != want || err != nil && fault.ReasonOf(err) != "svid_invalid" {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
 func TestVerifyPeerTellsExpiredFromInvalid(t *testing.T) {
 	ca := newPKI(t)
 	template := leafTemplate("spiffe://example.org/a")

@@ -7,8 +7,8 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/selector"
-	"github.com/seed-caa81108/assay/server/registry"
 )
 
 // idFromProto reads a SPIFFE ID of trust domain td that has a path. Nothing is
@@ -26,7 +26,7 @@ func idFromProto(td spiffeid.TrustDomain, what string, p *types.SPIFFEID) (spiff
 	case p.GetPath()[0] != '/':
 		return spiffeid.ID{}, invalidID(what, "has a path without a leading slash")
 	}
-	id, err := registry.ParseID("spiffe://" + p.GetTrustDomain() + p.GetPath())
+	id, err := name.ParseID("spiffe://" + p.GetTrustDomain() + p.GetPath())
 	if err != nil {
 		return spiffeid.ID{}, fault.New(fault.KindOf(err), fault.ReasonOf(err), what+": "+fault.SafeText(err))
 	}

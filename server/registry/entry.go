@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
@@ -95,11 +96,11 @@ func (r rules) check(e *Entry) error {
 	return checkDNSNames(e.DNSNames)
 }
 
-// checkIDs holds both IDs to the standard (ParseID again: an ID in memory may
+// checkIDs holds both IDs to the standard (name.ParseID again: an ID in memory may
 // have been built without it) and to this trust domain.
 func (r rules) checkIDs(e *Entry) error {
 	for _, id := range []spiffeid.ID{e.SPIFFEID, e.ParentID} {
-		if _, err := ParseID(id.String()); err != nil {
+		if _, err := name.ParseID(id.String()); err != nil {
 			return err
 		}
 		if !id.MemberOf(r.trustDomain) {
@@ -185,4 +186,12 @@ func validDNSName(name string) bool {
 		}
 	}
 	return true
+}
+
+func lower(c byte) bool { return 'a' <= c && c <= 'z' }
+func upper(c byte) bool { return 'A' <= c && c <= 'Z' }
+func digit(c byte) bool { return '0' <= c && c <= '9' }
+
+func invalidID(rule string) error {
+	return fault.New(fault.Invalid, "spiffe_id_invalid", rule)
 }

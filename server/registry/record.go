@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/selector"
 	"github.com/seed-caa81108/assay/server/store"
 )
@@ -160,7 +161,7 @@ func (r rules) decodeAgent(rec store.Record) (Agent, error) {
 	if err := store.Decode(rec.Value, schema, &in); err != nil {
 		return Agent{}, fmt.Errorf("decode %s: %w", rec.Key, err)
 	}
-	id, err := ParseID(in.ID)
+	id, err := name.ParseID(in.ID)
 	if err != nil {
 		return Agent{}, corrupt(rec.Key, err)
 	}

@@ -1,4 +1,4 @@
-package registry_test
+package name_test
 
 import (
 	"errors"
@@ -8,7 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
-	"github.com/seed-caa81108/assay/server/registry"
+	"github.com/seed-caa81108/assay/pkg/name"
 )
 
 // badIDs is the corpus of texts that are no SPIFFE IDs. // NEG-1
@@ -62,14 +62,14 @@ var badIDs = map[string]string{
 }
 
 func TestParseIDRefusesWhatIsNoID(t *testing.T) {
-	for name, text := range badIDs {
-		_, err := registry.ParseID(text)
+	for what, text := range badIDs {
+		_, err := name.ParseID(text)
 		if fault.KindOf(err) != fault.Invalid || fault.ReasonOf(err) != "spiffe_id_invalid" {
-			t.Errorf("%s: %v", name, err)
+			t.Errorf("%s: %v", what, err)
 			continue
 		}
 		if len(text) > 9 && strings.Contains(fault.SafeText(err), text) {
-			t.Errorf("%s: the text repeats the input: %v", name, err)
+			t.Errorf("%s: the text repeats the input: %v", what, err)
 		}
 	}
 }
@@ -84,7 +84,7 @@ func TestParseIDAcceptsEveryID(t *testing.T) {
 		"spiffe://example.org/...", "spiffe://example.org/.x", "spiffe://example.org/a..b", // ID-14
 		"spiffe://example.org/Foo", "spiffe://example.org/9eebccd2-12bf-40a6-b262-65fe0487d453", // ID-17, ID-19
 	} {
-		got, err := registry.ParseID(text)
+		got, err := name.ParseID(text)
 		if err != nil || got.String() != text {
 			t.Errorf("%.80s: %v, %v", text, got, err)
 		}
@@ -95,14 +95,14 @@ func TestParseIDAlphabets(t *testing.T) {
 	const host = "abcdefghijklmnopqrstuvwxyz0123456789.-_"
 	for c := range 256 {
 		b := string([]byte{byte(c)})
-		_, err := registry.ParseID("spiffe://a" + b + "b/p")
+		_, err := name.ParseID("spiffe://a" + b + "b/p")
 		if b == "/" { // it ends the trust domain
 			continue
 		}
 		if (err == nil) != strings.Contains(host, b) { // ID-6
 			t.Errorf("byte %#x in the trust domain: %v", c, err)
 		}
-		_, err = registry.ParseID("spiffe://example.org/a" + b + "b")
+		_, err = name.ParseID("spiffe://example.org/a" + b + "b")
 		if (err == nil) != strings.Contains(host+"ABCDEFGHIJKLMNOPQRSTUVWXYZ/", b) { // ID-16
 			t.Errorf("byte %#x in the path: %v", c, err)
 		}
@@ -117,7 +117,7 @@ func FuzzParseID(f *testing.F) {
 	}
 	f.Add("spiffe://example.org/ns/default/sa/web")
 	f.Fuzz(func(t *testing.T, text string) {
-		ours, err := registry.ParseID(text)
+		ours, err := name.ParseID(text)
 		theirs, theirErr := spiffeid.FromString(text)
 		if err == nil {
 			if theirErr != nil || ours != theirs || ours.String() != text || len(text) > 2048 {

@@ -1,4 +1,7 @@
-package registry
+// Package name owns what a SPIFFE ID may be: the SPIFFE-ID standard's sections
+// 2 (form), 2.1 (trust domain), 2.2 (path) and 2.3 (lengths). It trusts no
+// text, and is the only reader of IDs that come from outside.
+package name
 
 import (
 	"strings"
