@@ -30,7 +30,7 @@ var rooms = map[string][]string{
 	},
 	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
-	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
+	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},
 	"server/keys":     {"pkg/durable", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/store":    {"pkg/durable", "pkg/fault"},

@@ -287,7 +287,7 @@ func TestNamesAreChecked(t *testing.T) {
 	}{
 		{[]string{"web"}, ""},
 		{[]string{"web.example", "*.example"}, ""},
-		{[]string{"a_b.example"}, ""},
+		{[]string{"a_b.example"}, "dns_name_invalid"},
 		{[]string{"1.example"}, ""},
 		{many[:maxDNSNames], ""},
 		{[]string{strings.Repeat("a", 63) + ".example"}, ""},

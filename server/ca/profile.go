@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 )
 
 // Kind is a sort of end-entity certificate.
@@ -201,37 +202,15 @@ func checkDNSNames(names []string) error {
 		return fault.Newf(fault.Invalid, "dns_name_invalid", "%d DNS names are too many: the limit is %d", len(names), maxDNSNames)
 	}
 	seen := make(map[string]bool, len(names))
-	for i, name := range names {
-		if !isDNSName(name) {
+	for i, dns := range names {
+		if !name.ValidDNS(dns) {
 			return fault.Newf(fault.Invalid, "dns_name_invalid", "DNS name number %d is not a host name", i+1)
 		}
-		if folded := strings.ToLower(name); seen[folded] {
+		if folded := strings.ToLower(dns); seen[folded] {
 			return fault.Newf(fault.Invalid, "dns_name_invalid", "DNS name number %d is given twice", i+1)
 		} else {
 			seen[folded] = true
 		}
 	}
 	return nil
-}
-
-func isDNSName(name string) bool {
-	if len(name) > 253 {
-		return false
-	}
-	host := strings.TrimPrefix(name, "*.")
-	last := ""
-	for label := range strings.SplitSeq(host, ".") {
-		if len(label) == 0 || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for _, c := range []byte(label) {
-			letter := 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
-			digit := '0' <= c && c <= '9'
-			if !letter && !digit && c != '-' && c != '_' {
-				return false
-			}
-		}
-		last = label
-	}
-	return strings.Trim(last, "0123456789") != ""
 }

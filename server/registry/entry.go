@@ -149,43 +149,18 @@ func checkDNSNames(names []string) error {
 		return fault.Newf(fault.Invalid, "dns_name_invalid", "an entry has at most %d DNS names", MaxDNSNames)
 	}
 	seen := make(map[string]bool, len(names))
-	for _, name := range names {
-		if !validDNSName(name) {
+	for _, dns := range names {
+		if !name.ValidDNS(dns) {
 			return fault.New(fault.Invalid, "dns_name_invalid",
 				"a DNS name has labels of letters, digits and dashes, 253 bytes in all, no trailing dot; a wildcard is a whole first label")
 		}
-		folded := strings.ToLower(name)
+		folded := strings.ToLower(dns)
 		if seen[folded] {
 			return fault.New(fault.Invalid, "dns_name_invalid", "a DNS name is listed twice")
 		}
 		seen[folded] = true
 	}
 	return nil
-}
-
-// validDNSName holds a name to RFC 1123 section 2.1, plus "*." in front
-// (RFC 9525 section 6.3). A name whose last label is a number is none: clients
-// read it as an IP address, and the authority refuses to sign it.
-func validDNSName(name string) bool {
-	if name == "" || len(name) > 253 {
-		return false
-	}
-	name = strings.TrimPrefix(name, "*.")
-	if last := name[strings.LastIndexByte(name, '.')+1:]; strings.Trim(last, "0123456789") == "" {
-		return false
-	}
-	for label := range strings.SplitSeq(name, ".") {
-		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for i := range len(label) {
-			c := label[i]
-			if !lower(c) && !upper(c) && !digit(c) && c != '-' {
-				return false
-			}
-		}
-	}
-	return true
 }
 
 func lower(c byte) bool { return 'a' <= c && c <= 'z' }
