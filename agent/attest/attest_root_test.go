@@ -163,3 +163,24 @@ func TestExecOfASetuidProgramIsAnotherCaller(t *testing.T) { // NEG-37, NEG-41
 		wantRefusal(t, p.Check(), fault.Denied, "caller_changed")
 	})
 }
+
+// A mount namespace shows a program at any path: the path is not believed.
+func TestPathOfAProgramInAnotherMountNamespace(t *testing.T) { // NEG-37
+	victim, own := copyOfThisBinary(t), copyOfThisBinary(t)
+	for name, tc := range map[string]struct{ run, path string }{
+		"the file itself": {victim, victim},
+		"bound over it":   {own, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path, sum := programOf(t, discoverer(t, UnixConfig{}), func(socket string) *caller {
+				return startCaller(t, "bind", socket, func(cmd *exec.Cmd) {
+					cmd.Env = append(cmd.Env, runEnv+"="+tc.run, asEnv+"="+victim)
+					cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+				})
+			})
+			if path != tc.path || sum != sumOf(t, victim) {
+				t.Fatalf("path %q, sha256 %q", path, sum)
+			}
+		})
+	}
+}

@@ -23,6 +23,8 @@ type Config struct {
 	// RequireHostPID refuses to start outside the host's PID namespace, where
 	// the pids of callers can't be resolved. Units and charts set it.
 	RequireHostPID bool `yaml:"require_host_pid"`
+	// Unix says what is told of every process.
+	Unix UnixConfig `yaml:"unix"`
 }
 
 // Process is a caller as the kernel described it when its connection was
@@ -32,6 +34,7 @@ type Process struct {
 	UID, GID uint32
 	Groups   []uint32 // supplementary
 	Cgroup   string   // the content of /proc/<pid>/cgroup
+	program  program
 }
 
 // Source turns a process into selectors. It returns all that it stands for or
@@ -80,7 +83,7 @@ func NewAttestor(o Options) (*Attestor, error) {
 		return nil, err
 	}
 	if len(o.Sources) == 0 {
-		o.Sources = map[string]Source{"unix": NewUnix()}
+		o.Sources = map[string]Source{"unix": NewUnix(o.Config.Unix)}
 	}
 	for _, name := range slices.Sorted(maps.Keys(o.Sources)) {
 		a.sources = append(a.sources, namedSource{name, o.Sources[name]})

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -26,6 +27,8 @@ import (
 const (
 	callerEnv = "ASSAY_CALLER"
 	socketEnv = "ASSAY_SOCKET"
+	runEnv    = "ASSAY_RUN" // a program to run at the path in asEnv
+	asEnv     = "ASSAY_AS"
 )
 
 func TestMain(m *testing.M) {
@@ -46,6 +49,12 @@ func play(part string) int {
 		return playAgent()
 	case "reuse": // in a PID namespace of its own
 		return playReuse()
+	case "bind": // in a mount namespace of its own
+		fmt.Fprintln(os.Stderr, playBound(os.Getenv(runEnv), os.Getenv(asEnv)))
+		return 1
+	case "late": // connects when told
+		fmt.Println("started")
+		_, _ = bufio.NewReader(os.Stdin).ReadString('\n')
 	}
 	fd, err := connect(os.Getenv(socketEnv))
 	if err != nil {
@@ -59,7 +68,7 @@ func play(part string) int {
 	order, _ := bufio.NewReader(os.Stdin).ReadString('\n')
 	switch order = strings.TrimSpace(order); part {
 	case "exec":
-		err = unix.Exec(order, []string{order}, append(os.Environ(), callerEnv+"=wait"))
+		err = unix.Exec(order, []string{order}, callerEnviron("wait", os.Getenv(socketEnv)))
 	case "setuid":
 		err = syscall.Setuid(1234)
 	case "setgid":
@@ -100,6 +109,16 @@ func exitLeader() {
 		os.Exit(0)
 	}()
 	_, _, _ = syscall.RawSyscall(syscall.SYS_EXIT, 0, 0, 0)
+}
+
+// playBound runs a program that this mount namespace shows at another path.
+func playBound(run, as string) error {
+	if run != as {
+		if err := unix.Mount(run, as, "", unix.MS_BIND, ""); err != nil {
+			return err
+		}
+	}
+	return unix.Exec(as, []string{as}, callerEnviron("stay", os.Getenv(socketEnv)))
 }
 
 // playAgent attests the peer of descriptor 3 and says what came out.
@@ -180,7 +199,8 @@ func startCaller(t *testing.T, part, socket string, change ...func(*exec.Cmd)) *
 
 // callerEnviron also keeps the race detector from its second of sleep at exit.
 func callerEnviron(part, socket string) []string {
-	return append(os.Environ(), callerEnv+"="+part, socketEnv+"="+socket, "GORACE=atexit_sleep_ms=0")
+	inherited := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, callerEnv+"=") })
+	return append(inherited, callerEnv+"="+part, socketEnv+"="+socket, "GORACE=atexit_sleep_ms=0")
 }
 
 // await reads the line that the caller prints when it got there.

@@ -71,6 +71,9 @@ func (p *Peer) Selectors(ctx context.Context) (selector.Set, error) {
 	}
 	set, err := p.attestor.attest(ctx, p.facts.process)
 	if err != nil {
+		if gone := p.Check(); gone != nil { // that is why
+			return nil, gone
+		}
 		return nil, err
 	}
 	p.facts.known.Store(&set)

@@ -106,6 +106,7 @@ func (p *process) observe(groups []uint32) (*facts, error) {
 	default:
 		return nil, fmt.Errorf("identify program: %w", err)
 	}
+	f.process.program = program{p.exePath, f.exe}
 	// The reading above took a moment; take the facts only if all are of one.
 	again, cgroupAgain, err := p.owner()
 	if err != nil {

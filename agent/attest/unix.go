@@ -14,14 +14,19 @@ import (
 
 // Unix gives the selectors that every Unix process has. Their names are the
 // ones that SPIRE's unix attestor uses, so that entries move over unchanged:
-// uid, gid, user, group, supplementary_gid, supplementary_group.
+// uid, gid, user, group, supplementary_gid, supplementary_group, and on demand
+// path and sha256.
 type Unix struct {
+	config        UnixConfig
 	users, groups names
+	digests       *digests
 }
 
 // NewUnix returns the source of unix selectors.
-func NewUnix() *Unix {
+func NewUnix(cfg UnixConfig) *Unix {
 	return &Unix{
+		config:  cfg,
+		digests: newDigests(cfg.WorkloadSizeLimit),
 		users: names{lookup: func(number string) (string, error) {
 			u, err := user.LookupId(number)
 			if err != nil {
@@ -40,7 +45,7 @@ func NewUnix() *Unix {
 }
 
 // Selectors implements Source. A number without a name gives no name selector.
-func (u *Unix) Selectors(_ context.Context, p Process) (selector.Set, error) {
+func (u *Unix) Selectors(ctx context.Context, p Process) (selector.Set, error) {
 	var b setBuilder
 	b.number("uid", p.UID)
 	b.number("gid", p.GID)
@@ -50,8 +55,8 @@ func (u *Unix) Selectors(_ context.Context, p Process) (selector.Set, error) {
 		b.number("supplementary_gid", g)
 		b.name("supplementary_group", &u.groups, g)
 	}
-	if b.err != nil {
-		return nil, b.err
+	if err := errors.Join(b.err, u.program(ctx, &b, p)); err != nil {
+		return nil, err
 	}
 	return selector.NewSet(b.list...), nil
 }
@@ -71,8 +76,13 @@ func (b *setBuilder) name(key string, from *names, n uint32) {
 		b.err = err
 		return
 	}
-	s := selector.Selector{Type: "unix", Value: key + ":" + name}
-	if name != "" && s.Check() == nil {
+	b.text(key, name)
+}
+
+// text adds a selector unless there is nothing to say or it can't be written.
+func (b *setBuilder) text(key, value string) {
+	s := selector.Selector{Type: "unix", Value: key + ":" + value}
+	if value != "" && s.Check() == nil {
 		b.list = append(b.list, s)
 	}
 }

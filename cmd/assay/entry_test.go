@@ -26,7 +26,8 @@ func TestCreateWarnsOfSelectorsThatNobodyHas(t *testing.T) {
 		"docker:label:a": true, // of another type: not ours to judge
 		"unix:uid:web":   false, "unix:uid:-1": false, "unix:uid:007": false, "unix:uid:+7": false, "unix:uid:4294967296": false,
 		"unix:gid:staff": false, "unix:supplementary_gid:x": false, "unix:uid": false, "unix:user:": false, "unix:user": false,
-		"unix:path:/usr/bin/web": false, "unix:UID:7": false, "unix:sha256:00": false, "unix:1000": false,
+		"unix:path:/usr/bin/web": true, "unix:sha256:" + strings.Repeat("0f", 32): true,
+		"unix:path:web": false, "unix:UID:7": false, "unix:sha256:00": false, "unix:1000": false,
 	} {
 		got := assay(t, vars, createArgs(nodeID, "unix:uid:5", sel)...)
 		if got.code != 0 || !strings.HasPrefix(got.stdout, "id ") {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"slices"
 	"strconv"
@@ -14,10 +16,12 @@ import (
 )
 
 // The unix selectors that agents of this version make (docs/operating.md), by
-// what stands before their second colon: some hold a number, some a name.
+// what stands before their second colon: some hold a number, some a name, some
+// tell of the program.
 var (
 	unixNumbers = []string{"uid", "gid", "supplementary_gid"}
 	unixNames   = []string{"user", "group", "supplementary_group"}
+	unixProgram = []string{"path", "sha256"}
 )
 
 // warnOfEntry tells what keeps an entry that was just created from ever being
@@ -51,8 +55,16 @@ func selectorProblem(sel *types.Selector) string {
 		if value == "" {
 			return "matches no process: unix:" + name + " takes a name"
 		}
+	case name == "path":
+		if !strings.HasPrefix(value, "/") {
+			return "matches no process: unix:path takes an absolute path"
+		}
+	case name == "sha256":
+		if sum, err := hex.DecodeString(value); err != nil || len(sum) != sha256.Size || strings.ToLower(value) != value {
+			return "matches no process: unix:sha256 takes 64 digits of lower-case hex"
+		}
 	default:
-		return "matches no process: of type unix there are " + strings.Join(slices.Concat(unixNumbers, unixNames), ", ")
+		return "matches no process: of type unix there are " + strings.Join(slices.Concat(unixNumbers, unixNames, unixProgram), ", ")
 	}
 	return ""
 }

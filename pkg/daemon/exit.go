@@ -40,6 +40,7 @@ var exitByReason = map[string]int{
 	"audit_full":           exitCantCreate,
 	"disk_full":            exitCantCreate,
 	"path_untrusted":       exitNotAllowed,
+	"selector_too_weak":    exitConfig,
 	"config_*":             exitConfig,
 	"seal_key_*":           exitConfig,
 }

@@ -141,6 +141,25 @@ func checkSelectors(set selector.Set) error {
 			return fault.New(fault.Invalid, "selector_invalid", "a selector is UTF-8 text")
 		}
 	}
+	return checkStrength(set)
+}
+
+// checkStrength refuses an entry that tells processes apart by their program
+// alone: whoever can start a program can answer for it, and be handed what it
+// was given (security page, "No boundary").
+func checkStrength(set selector.Set) error {
+	program, user := false, false
+	for _, s := range set {
+		if s.Type != "unix" {
+			continue
+		}
+		program = program || strings.HasPrefix(s.Value, "path:") || strings.HasPrefix(s.Value, "sha256:")
+		user = user || strings.HasPrefix(s.Value, "uid:")
+	}
+	if program && !user {
+		return fault.New(fault.Invalid, "selector_too_weak",
+			"unix:path and unix:sha256 are no boundary by themselves: anybody can run that program; add the user's unix:uid:N")
+	}
 	return nil
 }
 

@@ -35,6 +35,8 @@ func TestEntriesThatBreakARuleAreRefusedAndChangeNothing(t *testing.T) {
 		"no selector":         {func(e *registry.Entry) { e.Selectors = nil }, "selector_missing"},
 		"selector no value":   {func(e *registry.Entry) { e.Selectors = selector.Set{{Type: "unix"}} }, "selector_invalid"},
 		"selector not UTF-8":  {func(e *registry.Entry) { e.Selectors = selector.Set{{Type: "unix", Value: "\xff"}} }, "selector_invalid"},
+		"path alone":          {func(e *registry.Entry) { e.Selectors = selectors("unix:path:/bin/sh", "unix:gid:5") }, "selector_too_weak"}, // NEG-37
+		"sha256 alone":        {func(e *registry.Entry) { e.Selectors = selectors("unix:sha256:00", "k8s:uid:5") }, "selector_too_weak"},
 		"negative TTL":        {func(e *registry.Entry) { e.X509SVIDTTL = -time.Second }, "ttl_out_of_range"},
 		"TTL over the cap":    {func(e *registry.Entry) { e.X509SVIDTTL = time.Hour + time.Second }, "ttl_out_of_range"},
 		"hint too long":       {func(e *registry.Entry) { e.Hint = long(1025) }, "hint_invalid"},

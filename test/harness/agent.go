@@ -15,6 +15,8 @@ type Agent struct {
 	Ops int
 	// ServerPort is where it finds the server; tests put a proxy there.
 	ServerPort int
+	// More is appended to its configuration.
+	More string
 
 	site *Site
 	name string
@@ -81,7 +83,7 @@ data_dir: %s
 run_dir: %s
 metrics:
   listen: 127.0.0.1:%d
-`, TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops))
+%s`, TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
 	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
 }
 
