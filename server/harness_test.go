@@ -158,6 +158,10 @@ func (h *harness) audited(action string) map[string]any {
 	return found
 }
 
+func protoID(id spiffeid.ID) *types.SPIFFEID {
+	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
+}
+
 func sub(line map[string]any, path ...string) any {
 	var at any = line
 	for _, p := range path {
@@ -310,7 +314,7 @@ func newCSR(t *testing.T, key *ecdsa.PrivateKey, ask func(*x509.CertificateReque
 func entry(parent spiffeid.ID, path string, selectors ...string) *types.Entry {
 	e := &types.Entry{
 		SpiffeId: &types.SPIFFEID{TrustDomain: domain, Path: path},
-		ParentId: &types.SPIFFEID{TrustDomain: parent.TrustDomain().Name(), Path: parent.Path()},
+		ParentId: protoID(parent),
 	}
 	if len(selectors) == 0 {
 		selectors = []string{"uid:1000"}

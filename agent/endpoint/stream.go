@@ -168,7 +168,12 @@ func (f *follower) wait(limit <-chan time.Time) error {
 	case <-f.stream.Context().Done():
 		return errInterrupted
 	case <-f.server.stopping:
-		return errShutdown
+		select {
+		case <-f.sub.Changed(): // a ban empties the cache first: tell of that
+			return nil
+		default:
+			return errShutdown
+		}
 	case <-limit:
 		return errTimeUp
 	}

@@ -33,7 +33,8 @@ type agentShape struct {
 }
 
 func newAgentCommand(t *tool) *cobra.Command {
-	return group("agent", "Agents: the nodes of this trust domain", newAgentListCommand(t))
+	return group("agent", "Agents: the nodes of this trust domain", newAgentListCommand(t), newAgentShowCommand(t),
+		newAgentBanCommand(t), newAgentEvictCommand(t), newAgentPurgeCommand(t))
 }
 
 func newAgentListCommand(t *tool) *cobra.Command {
@@ -98,11 +99,14 @@ func agentFromProto(a *types.Agent) agentShape {
 func writeAgents(w io.Writer, agents []agentShape) error {
 	rows := table{header: []string{"ID", "ATTESTOR", "CONNECTED", "SVID EXPIRES", "STATE", "VERSION"}}
 	for _, a := range agents {
-		state := "ok"
-		if a.Banned {
-			state = "banned"
-		}
-		rows.add(a.ID, a.Attestor, yesNo(a.Connected), stampOf(a.SVIDExpiresAt), state, a.Version)
+		rows.add(a.ID, a.Attestor, yesNo(a.Connected), stampOf(a.SVIDExpiresAt), a.state(), a.Version)
 	}
 	return rows.write(w)
+}
+
+func (a agentShape) state() string {
+	if a.Banned {
+		return "banned"
+	}
+	return "ok"
 }

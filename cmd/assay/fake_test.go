@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
@@ -61,6 +63,8 @@ type fakeServer struct {
 	mu      sync.Mutex
 	created []*types.Entry
 	deleted []string
+	banned  []string
+	evicted []string
 	filter  *spireentry.ListEntriesRequest_Filter
 	ttl     int32
 	calls   int
@@ -212,6 +216,27 @@ func (f fakeAgents) GetAgent(_ context.Context, req *spireagent.GetAgentRequest)
 		}
 	}
 	return nil, fault.Status(fault.New(fault.NotFound, "agent_unknown", "no agent has this ID"), "REQ8").Err()
+}
+
+func (f fakeAgents) BanAgent(_ context.Context, req *spireagent.BanAgentRequest) (*emptypb.Empty, error) {
+	return f.act(&f.banned, req.GetId())
+}
+
+func (f fakeAgents) DeleteAgent(_ context.Context, req *spireagent.DeleteAgentRequest) (*emptypb.Empty, error) {
+	return f.act(&f.evicted, req.GetId())
+}
+
+func (f fakeAgents) act(list *[]string, id *types.SPIFFEID) (*emptypb.Empty, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if strings.HasSuffix(id.GetPath(), "/99") {
+		return nil, fault.Status(fault.New(fault.NotFound, "agent_unknown", "no agent has this ID"), "REQ8").Err()
+	}
+	*list = append(*list, id.GetPath())
+	return &emptypb.Empty{}, nil
 }
 
 func (f fakeAgents) CreateJoinToken(_ context.Context, req *spireagent.CreateJoinTokenRequest) (*types.JoinToken, error) {

@@ -127,6 +127,10 @@ func TestServerVerbsPrintGoldenTextAndJSON(t *testing.T) {
 		{"entry_delete_some", []string{"entry", "delete", "e-1", "x-2", "e-3", "x-4"}, 69},
 		{"entry_delete", []string{"entry", "delete", "e-1"}, 0},
 		{"agent_list", []string{"agent", "list"}, 0},
+		{"agent_show", []string{"agent", "show", nodeID}, 0},
+		{"agent_ban", []string{"agent", "ban", "--yes", nodeID}, 0},
+		{"agent_evict_some", []string{"agent", "evict", "--yes", nodeID, "spiffe://example.org/assay/agent/join_token/99"}, 69},
+		{"agent_purge_dry", []string{"agent", "purge", "--older", "1h", "--dry-run"}, 0},
 		{"token_create", []string{"token", "create"}, 0},
 	}
 	for _, c := range cases {

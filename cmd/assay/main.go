@@ -31,7 +31,7 @@ func main() {
 		stdout: os.Stdout,
 		stderr: os.Stderr,
 		getenv: os.Getenv,
-		isTTY:  isTerminal(os.Stderr),
+		isTTY:  isTerminal(os.Stderr), asksTTY: isTerminal(os.Stdin),
 	}, os.Args[1:])
 	stop()
 	os.Exit(code)

@@ -19,6 +19,8 @@ type env struct {
 	getenv         func(string) string
 	// isTTY says that a person is watching stderr: progress may be shown.
 	isTTY bool
+	// asksTTY says that a person can answer on stdin.
+	asksTTY bool
 }
 
 // tool is one run of the program: its surroundings and its global flags.

@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/audit"
@@ -92,6 +93,33 @@ func (s *AgentAdmin) GetAgent(_ context.Context, req *spireagentv1.GetAgentReque
 		return nil, fault.New(fault.NotFound, "agent_unknown", "no agent has this ID")
 	}
 	return maskAgent(s.agentToProto(&a), req.GetOutputMask()), nil
+}
+
+// BanAgent implements spireagentv1.AgentServer: the agent's streams end within
+// a second, and it can't come back until it is deleted.
+func (s *AgentAdmin) BanAgent(ctx context.Context, req *spireagentv1.BanAgentRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, s.act(ctx, "agent.ban", req.GetId(), s.agents.Ban)
+}
+
+// DeleteAgent implements spireagentv1.AgentServer: an eviction. The agent has
+// to attest anew; a ban ends with it.
+func (s *AgentAdmin) DeleteAgent(ctx context.Context, req *spireagentv1.DeleteAgentRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, s.act(ctx, "agent.evict", req.GetId(), s.agents.Evict)
+}
+
+// act does something to an agent and writes it down.
+func (s *AgentAdmin) act(ctx context.Context, action string, of *types.SPIFFEID, do func(context.Context, spiffeid.ID) error) error {
+	id, err := idFromProto(s.td, "id", of)
+	if err == nil {
+		err = do(ctx, id)
+	}
+	if aerr := record(ctx, s.audit, audit.Line{
+		Origin: origin(ctx), Action: action, Target: audit.Target{AgentID: idText(id)},
+		Why: audit.Why{Rule: "operator"}, Result: result(err),
+	}); aerr != nil {
+		return aerr
+	}
+	return err
 }
 
 // CreateJoinToken implements spireagentv1.AgentServer. Its value appears in

@@ -96,8 +96,8 @@ func AdminMethods(ops Operators, refused Refused) rpc.Methods {
 		spireagentv1.Agent_ListAgents_FullMethodName:      admin,
 		spireagentv1.Agent_GetAgent_FullMethodName:        admin,
 		spireagentv1.Agent_CreateJoinToken_FullMethodName: admin,
-		spireagentv1.Agent_DeleteAgent_FullMethodName:     rpc.NotImplemented,
-		spireagentv1.Agent_BanAgent_FullMethodName:        rpc.NotImplemented,
+		spireagentv1.Agent_DeleteAgent_FullMethodName:     admin,
+		spireagentv1.Agent_BanAgent_FullMethodName:        admin,
 		// The agents' half.
 		spireagentv1.Agent_AttestAgent_FullMethodName: rpc.NotImplemented,
 		spireagentv1.Agent_RenewAgent_FullMethodName:  rpc.NotImplemented,

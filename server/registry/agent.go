@@ -154,6 +154,50 @@ func (r *Registry) RecordIssued(ctx context.Context, id spiffeid.ID, cert Issued
 	})
 }
 
+// Ban keeps the agent from everything that agents may do, on every road, until
+// it is evicted. A ban of a banned agent changes nothing.
+func (r *Registry) Ban(ctx context.Context, id spiffeid.ID) error {
+	return toOperator(r.changeAgent(ctx, id, func(a *Agent) error {
+		if a.Banned {
+			return errNothingToDo
+		}
+		a.Banned = true
+		return nil
+	}))
+}
+
+// Evict removes the agent's record, and with it a ban: the agent has to attest
+// anew. Its entries stay, for one that comes back under the same ID.
+func (r *Registry) Evict(ctx context.Context, id spiffeid.ID) error {
+	for range conflictRetries {
+		_, stored, err := r.storedAgent(ctx, id)
+		if errors.Is(err, fault.NotFound) {
+			return toOperator(agentUnknown())
+		}
+		if err != nil {
+			return err
+		}
+		revision, err := r.commit(ctx,
+			[]store.Precondition{{Key: agentKey(id), Revision: stored}},
+			[]store.Write{{Key: agentKey(id), Delete: true}})
+		if err == nil {
+			return r.applied(ctx, revision)
+		}
+		if !errors.Is(err, fault.Conflict) {
+			return err
+		}
+	}
+	return agentBusy()
+}
+
+// toOperator words the lack of a record for somebody who is not that agent.
+func toOperator(err error) error {
+	if fault.ReasonOf(err) == agentv1.ReasonAgentUnknown {
+		return fault.New(fault.NotFound, agentv1.ReasonAgentUnknown, "no agent has this ID; see assay agent list")
+	}
+	return err
+}
+
 var errNothingToDo = errors.New("nothing to do")
 
 // changeAgent commits what change does to the record as the store has it, and
@@ -186,6 +230,10 @@ func (r *Registry) changeAgent(ctx context.Context, id spiffeid.ID, change func(
 			return err
 		}
 	}
+	return agentBusy()
+}
+
+func agentBusy() error {
 	return fault.New(fault.Conflict, "agent_busy", "the agent's record is being changed by others; ask again")
 }
 

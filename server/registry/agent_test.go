@@ -165,6 +165,36 @@ func TestBannedAgentIsRefusedEverywhere(t *testing.T) {
 	}
 }
 
+// An eviction ends everything, a ban included, and gives nothing back: neither
+// the old certificate nor the old token.
+func TestEvictedAgentHasToAttestAnew(t *testing.T) {
+	s := start(t, t.TempDir())
+	token, err := s.CreateToken(t.Context(), "", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.RedeemToken(t.Context(), token.Value, key(1)); err != nil {
+		t.Fatal(err)
+	}
+	agent := token.AgentID
+	issued(t, s.Registry, agent, "01", key(1))
+	ban(t, s.Registry, agent)
+	ban(t, s.Registry, agent) // again: nothing more happens
+	if err := s.Evict(t.Context(), agent); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_unknown")
+		wantFault(t, s.RecordIssued(t.Context(), agent, registry.Issued{Serial: "02", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_unknown")
+		wantFault(t, s.Rejoinable(agent, key(1), time.Now()), fault.Denied, "rejoin_refused")
+		_, err = s.RedeemToken(t.Context(), token.Value, key(1))
+		wantFault(t, err, fault.Denied, "join_token_invalid")
+		wantFault(t, s.Ban(t.Context(), agent), fault.NotFound, "agent_unknown")
+		wantFault(t, s.Evict(t.Context(), agent), fault.NotFound, "agent_unknown")
+		s = s.restart(t)
+	}
+}
+
 func TestAgentsAreSortedByID(t *testing.T) {
 	s := start(t, t.TempDir())
 	for n := range 20 {
@@ -265,7 +295,7 @@ func otherwise(t *testing.T, r *registry.Registry, agent spiffeid.ID) {
 
 func ban(t *testing.T, r *registry.Registry, agent spiffeid.ID) {
 	t.Helper()
-	if err := r.ChangeAgent(t.Context(), agent, func(a *registry.Agent) { a.Banned = true }); err != nil {
+	if err := r.Ban(t.Context(), agent); err != nil {
 		t.Fatal(err)
 	}
 }
