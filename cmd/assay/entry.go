@@ -91,7 +91,8 @@ func (e entryShape) write(w io.Writer) error {
 
 func newEntryCommand(t *tool) *cobra.Command {
 	return group("entry", "Registration entries: who gets which identity",
-		newEntryCreateCommand(t), newEntryListCommand(t), newEntryShowCommand(t), newEntryDeleteCommand(t))
+		newEntryCreateCommand(t), newEntryListCommand(t), newEntryCountCommand(t), newEntryShowCommand(t),
+		newEntryUpdateCommand(t), newEntryDeleteCommand(t))
 }
 
 // entryFlags are the fields of an entry as flags.
@@ -108,11 +109,9 @@ func (f entryFlags) proto(now time.Time) (*types.Entry, error) {
 		flag, text string
 		to         **types.SPIFFEID
 	}{{"--spiffe-id", f.spiffeID, &e.SpiffeId}, {"--parent-id", f.parentID, &e.ParentId}} {
-		id, err := parseID(need.flag, need.text)
-		if err != nil {
+		if err := readID(need.flag, need.text, need.to); err != nil {
 			return nil, err
 		}
-		*need.to = idToProto(id)
 	}
 	if len(f.selectors) == 0 {
 		return nil, usageError("at least one --selector is needed, as in --selector unix:uid:1000")
@@ -208,7 +207,7 @@ func badAnswer(missing string) error {
 	return fault.New(fault.Internal, "bad_answer", "the server's answer lacks "+missing+": tool and server may be of different versions")
 }
 
-// entryFilter holds the flags of `entry list`.
+// entryFilter holds the flags of `entry list` and `entry count`.
 type entryFilter struct {
 	spiffeID, parentID, hint string
 	selectors                []string
@@ -225,11 +224,9 @@ func (f entryFilter) proto() (*spireentry.ListEntriesRequest_Filter, error) {
 		if want.text == "" {
 			continue
 		}
-		id, err := parseID(want.flag, want.text)
-		if err != nil {
+		if err := readID(want.flag, want.text, want.to); err != nil {
 			return nil, err
 		}
-		*want.to = idToProto(id)
 	}
 	if len(f.selectors) > 0 {
 		selectors, err := parseSelectors(f.selectors)
@@ -242,6 +239,15 @@ func (f entryFilter) proto() (*spireentry.ListEntriesRequest_Filter, error) {
 		out.ByHint = wrapperspb.String(f.hint)
 	}
 	return out, nil
+}
+
+// flags adds the filter to a verb.
+func (f *entryFilter) flags(cmd *cobra.Command) {
+	fl := cmd.Flags()
+	fl.StringVar(&f.spiffeID, "spiffe-id", "", "only entries for this identity")
+	fl.StringVar(&f.parentID, "parent-id", "", "only entries of this agent")
+	fl.StringArrayVar(&f.selectors, "selector", nil, "only entries with this type:value; repeat for several")
+	fl.StringVar(&f.hint, "hint", "", `only entries with this hint; "" for those without one`)
 }
 
 // entryList is what `entry list -o json` prints.
@@ -265,11 +271,7 @@ matches entries that have all the named selectors and maybe more.
 		f.hintSet = cmd.Flags().Changed("hint")
 		return t.listEntries(ctx, s, f)
 	})
-	fl := cmd.Flags()
-	fl.StringVar(&f.spiffeID, "spiffe-id", "", "only entries for this identity")
-	fl.StringVar(&f.parentID, "parent-id", "", "only entries of this agent")
-	fl.StringArrayVar(&f.selectors, "selector", nil, "only entries with this type:value; repeat for several")
-	fl.StringVar(&f.hint, "hint", "", `only entries with this hint; "" for those without one`)
+	f.flags(cmd)
 	return t.serverFlags(cmd)
 }
 

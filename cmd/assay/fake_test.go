@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -62,6 +63,7 @@ type fakeServer struct {
 
 	mu      sync.Mutex
 	created []*types.Entry
+	update  *spireentry.BatchUpdateEntryRequest
 	deleted []string
 	banned  []string
 	evicted []string
@@ -177,6 +179,39 @@ func (f fakeEntries) GetEntry(_ context.Context, req *spireentry.GetEntryRequest
 		}
 	}
 	return nil, fault.Status(fault.New(fault.NotFound, "entry_unknown", "no entry has this ID"), "REQ9").Err()
+}
+
+func (f fakeEntries) CountEntries(_ context.Context, req *spireentry.CountEntriesRequest) (*spireentry.CountEntriesResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	filter := req.GetFilter()
+	f.filter = &spireentry.ListEntriesRequest_Filter{
+		BySpiffeId: filter.GetBySpiffeId(), ByParentId: filter.GetByParentId(), BySelectors: filter.GetBySelectors(), ByHint: filter.GetByHint(),
+	}
+	return &spireentry.CountEntriesResponse{Count: int32(len(f.entries))}, nil
+}
+
+func (f fakeEntries) BatchUpdateEntry(_ context.Context, req *spireentry.BatchUpdateEntryRequest) (*spireentry.BatchUpdateEntryResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.update = req
+	if req.GetEntries()[0].GetId() != "e-1" {
+		return &spireentry.BatchUpdateEntryResponse{Results: []*spireentry.BatchUpdateEntryResponse_Result{
+			{Status: itemStatus(fault.New(fault.NotFound, "entry_unknown", "no entry has this ID"))},
+		}}, nil
+	}
+	changed := proto.Clone(f.entries[0]).(*types.Entry)
+	changed.X509SvidTtl = 900
+	changed.RevisionNumber++
+	return &spireentry.BatchUpdateEntryResponse{Results: []*spireentry.BatchUpdateEntryResponse_Result{
+		{Status: itemStatus(nil), Entry: changed},
+	}}, nil
 }
 
 func (f fakeEntries) BatchDeleteEntry(_ context.Context, req *spireentry.BatchDeleteEntryRequest) (*spireentry.BatchDeleteEntryResponse, error) {

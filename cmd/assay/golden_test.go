@@ -110,6 +110,9 @@ func TestServerVerbsPrintGoldenTextAndJSON(t *testing.T) {
 	}{
 		{"status", []string{"status"}, 0},
 		{"entry_list", []string{"entry", "list"}, 0},
+		{"entry_count", []string{"entry", "count"}, 0},
+		{"entry_update", []string{"entry", "update", "e-1", "--ttl", "15m"}, 0},
+		{"entry_update_unknown", []string{"entry", "update", "e-9", "--ttl", "15m"}, 69},
 		{"entry_show", []string{"entry", "show", "e-1"}, 0},
 		{"entry_show_expired", []string{"entry", "show", "e-3"}, 0},
 		{"entry_create", []string{
