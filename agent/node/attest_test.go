@@ -378,3 +378,28 @@ func TestCertificatesThatAreNotOursAreNotTaken(t *testing.T) {
 		})
 	}
 }
+
+// NEG-27: before the server is verified nobody's word counts, the ban
+// least of all: it would end the agent and wipe what it has.
+func TestUnverifiedServerCantBan(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, h *host) {
+		var log logBuffer
+		h.logTo = &log
+		f.with(func() { f.denial = fault.New(fault.Denied, "agent_banned", "wipe yourself") })
+		h.start()
+		time.Sleep(10 * time.Minute)
+		select {
+		case <-h.done:
+			t.Fatalf("a server that nobody verified ended the agent: %v", h.err)
+		default:
+		}
+		if n := f.count("Bundle"); n < 5 {
+			t.Errorf("asked %d times in ten minutes", n)
+		}
+		if text := log.String(); strings.Contains(text, "agent_banned") || strings.Contains(text, "wipe") || !strings.Contains(text, "bundle_unavailable") {
+			t.Errorf("log: %s", text)
+		}
+		f.with(func() { f.denial = nil })
+		h.conn().Release()
+	})
+}

@@ -105,6 +105,8 @@ type fake struct {
 	agents   map[string]*record
 	// rejoin false refuses attestor "rejoin".
 	rejoin bool
+	// denial, if set, is the answer to Bundle.
+	denial error
 	// away makes SignX509 fail before it looks at the caller.
 	away bool
 	// lag is how long the answers of SignX509 are on their way.
@@ -195,6 +197,9 @@ func (f *fake) Bundle(context.Context, *agentv1.BundleRequest) (*agentv1.BundleR
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.calls["Bundle"]++
+	if f.denial != nil {
+		return nil, wire(f.denial)
+	}
 	return &agentv1.BundleResponse{Bundle: f.bundle()}, nil
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/agent/state"
 	"github.com/seed-caa81108/assay/pkg/durable"
@@ -200,7 +201,7 @@ func (n *Node) fetchPinned(ctx context.Context) (*state.Bundle, error) {
 	defer cancel()
 	resp, err := agentv1.NewAgentClient(cc).Bundle(ctx, &agentv1.BundleRequest{}, grpc.WaitForReady(false))
 	if err != nil {
-		return nil, cc.explain(err)
+		return nil, cc.withoutBundle(err)
 	}
 	for _, a := range resp.GetBundle().GetX509Authorities() {
 		root, err := state.ParseAuthority("", a.GetCertificate(), false)
@@ -214,6 +215,17 @@ func (n *Node) fetchPinned(ctx context.Context) (*state.Bundle, error) {
 	}
 	return nil, fault.New(fault.Denied, "pin_mismatch",
 		"none of the server's roots has the key that pin names: this is another server, or the pin is of a root that was rotated away")
+}
+
+// withoutBundle says why a server that is not verified gave no bundle. Of its
+// own word only the gRPC code is left: a reason from it, such as a ban, would be
+// acted upon.
+func (l *link) withoutBundle(err error) error {
+	if _, trouble := l.trouble(); trouble != nil {
+		return trouble
+	}
+	return fault.Newf(fault.NotReady, "bundle_unavailable", "the server at %s gave no bundle (%s)",
+		strings.Join(l.node.cfg.Addresses, " or at "), status.Code(err))
 }
 
 // bundle returns what to verify the server with.
