@@ -144,19 +144,22 @@ func (c *Cache) exchange(ctx context.Context, client agentv1.AgentClient) error 
 	}
 	// If sending fails, receiving says why.
 	_ = stream.Send(&agentv1.SyncRequest{Message: &agentv1.SyncRequest_Hello_{Hello: c.hello()}})
-	var chunks []*agentv1.SyncResponse
+	var next update
 	for talking := false; ; {
 		resp, err := stream.Recv()
 		if err != nil {
 			return fault.FromStatus(err)
 		}
-		if chunks = append(chunks, resp); resp.GetMore() {
-			continue
-		}
-		if err := c.apply(ctx, chunks); err != nil {
+		if err := next.add(resp); err != nil {
 			return err
 		}
-		chunks = nil
+		if resp.GetMore() {
+			continue
+		}
+		if err := c.apply(ctx, next.chunks); err != nil {
+			return err
+		}
+		next = update{}
 		if !talking {
 			talking = true
 			talker.Go(func() { c.talk(ctx, stream) })
@@ -262,7 +265,7 @@ func (c *Cache) apply(ctx context.Context, chunks []*agentv1.SyncResponse) error
 	if c.purged {
 		return nil
 	}
-	if !last.GetSnapshot() && last.GetEpoch() != c.epoch {
+	if !last.GetSnapshot() && (last.GetEpoch() != c.epoch || last.GetRevision() < c.revision) {
 		c.epoch, c.revision = "", 0
 		return fault.New(fault.Precondition, "sync_protocol", "the server sent a change to a view that this agent does not have")
 	}

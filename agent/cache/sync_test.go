@@ -186,6 +186,54 @@ func TestChangeOfAnotherEpochIsNotApplied(t *testing.T) {
 	})
 }
 
+// I9: a server that never sends the last chunk is left, and what there is is
+// served.
+func TestUpdateWithoutAnEndIsLeft(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		endless := make([]*agentv1.SyncResponse, 17_000)
+		for i := range endless {
+			endless[i] = &agentv1.SyncResponse{Epoch: "epoch-1", Revision: 2, More: true}
+		}
+		f.with(func() { f.push(endless...) })
+		time.Sleep(time.Minute)
+		if n := len(f.seen().hellos); n != 2 {
+			t.Errorf("%d hellos, want another stream", n)
+		}
+		wantPaths(t, s, "web")
+		f.set(entry("1", "api", "unix:uid:1"))
+		awaitPaths(t, s, "api")
+	})
+}
+
+// A change that goes back in time would make the view a mixture of two.
+func TestChangeOfALowerRevisionIsNotApplied(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "old", "unix:uid:1"))
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web")
+		f.with(func() {
+			f.push(&agentv1.SyncResponse{Epoch: "epoch-1", Revision: 1, Entries: []*agentv1.Entry{entry("1", "old", "unix:uid:1")}})
+		})
+		synctest.Wait()
+		wantPaths(t, s, "web")
+		time.Sleep(10 * time.Second)
+		if h := last(f.seen().hellos); len(f.seen().hellos) != 2 || h.GetEpoch() != "" || h.GetRevision() != 0 {
+			t.Errorf("hello: %v", h)
+		}
+		wantPaths(t, s, "web")
+	})
+}
+
 func TestPurgeLeavesNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		f.set(entry("1", "web", "unix:uid:1"))
