@@ -18,6 +18,15 @@ import (
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
+// What a bundle may have. Every SVID in an answer of the Workload API comes with
+// the whole bundle, and clients take 4 MiB: this leaves room for a dozen SVIDs
+// in the worst case. An honest bundle has a handful of roots of 1 KiB each, and
+// a file of it is far below what load reads.
+const (
+	maxRoots       = 128
+	maxBundleBytes = 256 << 10
+)
+
 // Authority is a root of a bundle.
 type Authority struct {
 	ID          string
@@ -95,12 +104,19 @@ func (b *Bundle) check() error {
 	if len(b.Authorities) == 0 {
 		return invalidBundle("it has no roots", nil)
 	}
+	if len(b.Authorities) > maxRoots {
+		return invalidBundle(fmt.Sprintf("it has more than %d roots", maxRoots), nil)
+	}
+	size := 0
 	for i, a := range b.Authorities {
 		if a.ID == "" || a.Certificate == nil {
 			return invalidBundle("a root has no ID or no certificate", nil)
 		}
 		if i > 0 && b.Authorities[i-1].ID >= a.ID {
 			return invalidBundle("two roots have the same ID", nil)
+		}
+		if size += len(a.ID) + len(a.Certificate.Raw); size > maxBundleBytes {
+			return invalidBundle(fmt.Sprintf("its roots have more than %d bytes", maxBundleBytes), nil)
 		}
 	}
 	return nil

@@ -25,7 +25,8 @@ const (
 	bundleName    = "bundle.json"
 	deliveredName = "delivered.json"
 
-	// maxFile bounds what is read; the largest honest file is a bundle.
+	// maxFile bounds what is read, and so what is written; the largest honest
+	// file is a bundle.
 	maxFile = 4 << 20
 )
 
@@ -163,6 +164,9 @@ func (s *State) foreign(name string, td spiffeid.TrustDomain) error {
 }
 
 func (s *State) write(name string, data []byte) error {
+	if len(data) > maxFile { // the next start would fail on it
+		return fault.Newf(fault.Precondition, "state_too_large", "%s would have %d bytes, more than the %d that are read", name, len(data), maxFile)
+	}
 	return durable.WriteFile(filepath.Join(s.dir, name), data, 0o600)
 }
 

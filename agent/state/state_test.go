@@ -36,13 +36,13 @@ func must[T any](v T, err error) T {
 
 func newKey() *ecdsa.PrivateKey { return must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)) }
 
-func certificate(key *ecdsa.PrivateKey, ca bool, id spiffeid.ID) *x509.Certificate {
+func certificate(key *ecdsa.PrivateKey, ca bool, id spiffeid.ID, extra ...pkix.Extension) *x509.Certificate {
 	spki := must(x509.MarshalPKIXPublicKey(&key.PublicKey))
 	ski := sha256.Sum256(spki)
 	c := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "test"},
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
-		BasicConstraintsValid: true, IsCA: ca, KeyUsage: x509.KeyUsageDigitalSignature, SubjectKeyId: ski[:20],
+		BasicConstraintsValid: true, IsCA: ca, KeyUsage: x509.KeyUsageDigitalSignature, SubjectKeyId: ski[:20], ExtraExtensions: extra,
 	}
 	if ca {
 		c.KeyUsage = x509.KeyUsageCertSign
