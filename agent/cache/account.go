@@ -112,6 +112,19 @@ func (c *Cache) account(v *view) {
 	if !raised {
 		return
 	}
+	c.saveMarks()
+}
+
+// resaveMarks writes the marks again if that failed.
+func (c *Cache) resaveMarks() {
+	c.marksMu.Lock()
+	defer c.marksMu.Unlock()
+	if c.unsaved {
+		c.saveMarks()
+	}
+}
+
+func (c *Cache) saveMarks() {
 	at := now()
 	var list []state.Delivered
 	for d, until := range c.marks {
@@ -121,9 +134,10 @@ func (c *Cache) account(v *view) {
 		}
 		list = append(list, state.Delivered{Sequence: d.sequence, AuthorityID: d.authorityID, Until: until})
 	}
-	if err := c.state.SaveDelivered(list); err != nil {
+	err := c.state.SaveDelivered(list)
+	if c.unsaved = err != nil; c.unsaved {
 		// Serving does not depend on it; only a rotation that meets a restart
-		// of this agent does.
+		// of this agent does. The next tick tries again.
 		c.log.ErrorContext(context.Background(), "could not note until when delivered certificates live", slog.String("error", err.Error()))
 	}
 }

@@ -196,6 +196,17 @@ func TestAcknowledgement(t *testing.T) {
 			time.Sleep(90 * time.Minute)
 			w.want(2, time.Time{})
 		}},
+		{"a disk that was full when they were handed out, and a restart later", func(w *ackWorld) {
+			w.a.breakState()
+			s := w.stream(1)
+			until := end(s)
+			w.a.mendState()
+			time.Sleep(16 * time.Second) // the longest tick
+			w.a.restart()
+			synctest.Wait()
+			w.rotate()
+			w.wantBetween(2, until, until.Add(15*time.Minute))
+		}},
 		{"what was never handed out does not count after a restart", func(w *ackWorld) {
 			w.a.restart()
 			synctest.Wait()

@@ -98,6 +98,7 @@ type Cache struct {
 
 	marksMu sync.Mutex
 	marks   map[delivery]time.Time
+	unsaved bool // marks are not on disk as they are here
 }
 
 // New returns a cache that holds what the last run left behind, and does
@@ -204,6 +205,7 @@ func (c *Cache) tickLoop(ctx context.Context) {
 		}
 		c.flush(at)
 		c.mu.Unlock()
+		c.resaveMarks()
 		c.kick() // renewals are due by the wall clock too
 	}
 }
