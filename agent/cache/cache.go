@@ -196,18 +196,22 @@ func (c *Cache) tickLoop(ctx context.Context) {
 		if schedule.Sleep(ctx, schedule.Tick(life)) != nil {
 			return
 		}
-		at := now()
-		c.mu.Lock()
-		for _, g := range c.groups {
-			if v := g.view.Load(); v != nil && v.expired(at) {
-				c.dirty[g] = struct{}{}
-			}
-		}
-		c.flush(at)
-		c.mu.Unlock()
-		c.resaveMarks()
-		c.kick() // renewals are due by the wall clock too
+		c.tick(now())
 	}
+}
+
+// tick computes the views again that another time of day may change.
+func (c *Cache) tick(at time.Time) {
+	c.mu.Lock()
+	for _, g := range c.groups {
+		if v := g.view.Load(); v != nil && (v.lacking || v.expired(at)) {
+			c.dirty[g] = struct{}{}
+		}
+	}
+	c.flush(at)
+	c.mu.Unlock()
+	c.resaveMarks()
+	c.kick() // renewals are due by the wall clock too
 }
 
 // shortestLife of the SVIDs held; an hour when there are none.

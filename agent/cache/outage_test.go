@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
@@ -193,6 +194,40 @@ func TestEndOfTheFirstSVIDIsAbsentWithoutSVIDs(t *testing.T) {
 		synctest.Wait()
 		if s := a.series(name); len(s) > 0 {
 			t.Errorf("%v after the last SVID went", s)
+		}
+	})
+}
+
+// NEG-58, in part: a clock that jumps ahead and back while the server is away
+// takes nothing for good.
+func TestClockThatJumpsAheadAndBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"), changed(entry("2", "db", "unix:uid:1"), ttl(30*time.Minute)))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "web", "db")
+		f.stop()
+		synctest.Wait()
+		for _, jump := range []struct {
+			by   time.Duration
+			left []string
+		}{
+			{25 * time.Hour, []string{"!svid_expired_server_unreachable"}},
+			{45 * time.Minute, []string{"web"}},
+		} {
+			notified(s)
+			cache.Tick(a.cache, time.Now().Add(jump.by))
+			if !notified(s) {
+				t.Errorf("%v ahead: not told", jump.by)
+			}
+			wantPaths(t, s, jump.left...)
+			cache.Tick(a.cache, time.Now())
+			if !notified(s) {
+				t.Errorf("back from %v ahead: not told", jump.by)
+			}
+			wantPaths(t, s, "web", "db")
 		}
 	})
 }

@@ -72,8 +72,10 @@ type view struct {
 	// transient: the answer will be another as soon as the first attempt to
 	// sign is over. Subscribers need not hear of it.
 	transient bool
-	// until is when the first of the SVIDs ends.
-	until time.Time
+	// until is when the first of the SVIDs ends; lacking: one has ended, by a
+	// clock that may be set back.
+	until   time.Time
+	lacking bool
 	// accounted: how long its SVIDs live is on disk.
 	accounted atomic.Bool
 }
@@ -272,7 +274,7 @@ func (c *Cache) flush(at time.Time) {
 // know another one. Who has not asked yet needs none.
 func (c *Cache) publish(g *group, at time.Time) {
 	v := c.build(g, at)
-	if old := g.view.Load(); old.same(v) && old.transient == v.transient && !old.expired(at) {
+	if old := g.view.Load(); old.same(v) && old.transient == v.transient && old.lacking == v.lacking && !old.expired(at) {
 		v = old
 	}
 	g.view.Store(v)
@@ -335,11 +337,12 @@ func (c *Cache) build(g *group, at time.Time) *view {
 	case pending > 0 && (!g.complete || len(snap.SVIDs) == 0):
 		return &view{err: errPending, transient: true}
 	case len(snap.SVIDs) == 0 && ended > 0:
-		return &view{err: errEnded}
+		return &view{err: errEnded, lacking: true}
 	case len(snap.SVIDs) == 0:
 		return &view{err: errPending}
 	}
 	g.complete = true
+	v.lacking = ended > 0
 	return v
 }
 
