@@ -82,13 +82,25 @@ func (o *output) publish(files []file) error {
 		return err
 	}
 	if err := o.link(files); err != nil { // new names lead nowhere until the switch
+		o.discard(set)
 		return err
 	}
 	before, err := o.switchTo(set)
 	if err != nil {
+		o.discard(set)
 		return err
 	}
 	return o.sweep(files, set, before)
+}
+
+// discard removes a set that did not become the current one, so that tries on a
+// full disk don't pile up.
+func (o *output) discard(set string) {
+	current, err := os.Readlink(filepath.Join(o.inner, currentLink))
+	if current == set || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	_ = os.RemoveAll(filepath.Join(o.inner, set))
 }
 
 // writeSet writes the files into a new directory and returns its name.
@@ -100,6 +112,7 @@ func (o *output) writeSet(files []file) (string, error) {
 	}
 	for _, f := range files {
 		if err := durable.WriteFile(filepath.Join(path, f.name), f.data, f.perm); err != nil {
+			o.discard(set)
 			return "", err
 		}
 	}

@@ -253,3 +253,32 @@ func TestDirectoryInUseIsRefused(t *testing.T) {
 		t.Error("two programs write to one directory")
 	}
 }
+
+// A set that could not be written whole leaves nothing behind, its key least of
+// all: a full disk is tried again and again.
+func TestFailedSetIsRemoved(t *testing.T) {
+	dir := t.TempDir()
+	o := open(t, dir)
+	defer o.close()
+	if err := o.publish(threeFiles(1)); err != nil {
+		t.Fatal(err)
+	}
+	before := visible(t, o.inner)
+	// The file system takes no such name, or has a directory in its place.
+	if err := os.MkdirAll(filepath.Join(dir, "taken", "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		for _, name := range []string{strings.Repeat("x", 300), "taken"} {
+			if err := o.publish(append(threeFiles(2), file{name: name, perm: 0o644})); err == nil {
+				t.Fatal("published")
+			}
+		}
+	}
+	if got := visible(t, o.inner); !slices.Equal(got, before) {
+		t.Errorf("%v, before %v", got, before)
+	}
+	if err := o.publish(threeFiles(3)); err != nil {
+		t.Fatal(err)
+	}
+}
