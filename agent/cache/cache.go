@@ -107,8 +107,12 @@ func New(o Options) (*Cache, error) {
 	if err := durable.MkdirPrivate(o.RunDir, 0o700); err != nil {
 		return nil, err
 	}
+	file := filepath.Join(o.RunDir, sealedName)
+	if err := durable.Sweep(file); err != nil {
+		return nil, err
+	}
 	c := &Cache{
-		td: o.TrustDomain, reserved: o.ReservedPrefix, file: filepath.Join(o.RunDir, sealedName), version: o.Version,
+		td: o.TrustDomain, reserved: o.ReservedPrefix, file: file, version: o.Version,
 		state: o.State, servers: o.Connector, log: o.Log,
 		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1),
 		entries: map[string]*entry{}, byKey: map[selector.Selector]map[*entry]struct{}{},

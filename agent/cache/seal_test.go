@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -240,6 +242,24 @@ func FuzzSealedContent(f *testing.F) {
 		}
 		if third, ok := cache.RoundTripSealed(again); !ok || !bytes.Equal(again, third) {
 			t.Fatal("encoding what was decoded does not decode to the same")
+		}
+	})
+}
+
+// A kill in the middle of a write leaves a sealed file under another name: the
+// next start sweeps it.
+func TestLeftoverOfAKillIsSwept(t *testing.T) {
+	inBubble(t, func(t *testing.T, _ *fake, a *agent) {
+		a.start()
+		synctest.Wait()
+		a.stop()
+		left := filepath.Join(a.dir, "run", ".svids.sealed.0123456789abcdef.tmp")
+		if err := os.WriteFile(left, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		a.start()
+		if _, err := os.Lstat(left); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("it is still there: %v", err)
 		}
 	})
 }

@@ -58,11 +58,26 @@ func Open(dir string, td spiffeid.TrustDomain) (*State, error) {
 		return nil, err
 	}
 	s := &State{dir: dir, td: td, unlock: unlock}
-	if err := s.load(); err != nil {
+	err = s.sweep()
+	if err == nil {
+		err = s.load()
+	}
+	if err != nil {
 		_ = unlock()
 		return nil, err
 	}
 	return s, nil
+}
+
+// sweep removes what was being written when the process was killed: there are
+// keys in it.
+func (s *State) sweep() error {
+	for _, name := range []string{identityName, nextKeyName, bundleName, deliveredName} {
+		if err := durable.Sweep(filepath.Join(s.dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // tighten takes group and others out of a directory of ours that a unit or a

@@ -8,6 +8,8 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
+	"errors"
+	"io/fs"
 	"math/big"
 	"net/url"
 	"os"
@@ -399,4 +401,31 @@ func TestIdentityWithAnotherKeyIsRefused(t *testing.T) {
 	}
 	_, err := state.Open(dir, td)
 	wantReason(t, err, "state_corrupt")
+}
+
+// A kill in the middle of a write leaves keys under another name: the next start
+// sweeps them.
+func TestLeftoversOfAKillAreSwept(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	s := open(t, dir)
+	defer func() { _ = s.Close() }()
+	var left []string
+	for _, name := range []string{"identity.json", "next-key.json", "bundle.json", "delivered.json"} {
+		left = append(left, filepath.Join(dir, "."+name+".0123456789abcdef.tmp"))
+	}
+	foreign := filepath.Join(dir, ".notes.0123456789abcdef.tmp")
+	for _, path := range append(left, foreign) {
+		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = reopen(t, s, dir)
+	for _, path := range left {
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	if _, err := os.Lstat(foreign); err != nil {
+		t.Error(err)
+	}
 }

@@ -32,6 +32,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -44,7 +45,7 @@ import (
 // The path must pass CheckWritable. The steps are: open a new file next to it
 // (O_EXCL, O_NOFOLLOW), fchmod, write, fsync, close, rename, fsync of the
 // directory. A crash may leave the new file under its temporary name, which
-// starts with a dot and ends in .tmp.
+// starts with a dot and ends in .tmp; Sweep removes it.
 func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 	if err := CheckWritable(path); err != nil {
 		return err
@@ -70,6 +71,28 @@ func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 		return diskError("close", path, err)
 	}
 	return Rename(temp, path)
+}
+
+// Sweep removes what crashes in WriteFile(path, ...) left behind. The directory
+// is checked, and nobody else writes path meanwhile.
+func Sweep(path string) error {
+	dir, base := dirOf(path), filepath.Base(path)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return diskError("list", dir, err)
+	}
+	for _, e := range entries {
+		name, ours := strings.CutPrefix(e.Name(), "."+base+".")
+		random, temp := strings.CutSuffix(name, tempSuffix)
+		if _, err := hex.DecodeString(random); !ours || !temp || err != nil || len(random) != 2*tempRandom || !e.Type().IsRegular() {
+			continue
+		}
+		left := filepath.Join(dir, e.Name())
+		if err := os.Remove(left); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return diskError("remove", left, err)
+		}
+	}
+	return nil
 }
 
 // Rename moves a synced file into place, within one directory, and makes the
@@ -113,10 +136,15 @@ func createNew(path string, perm fs.FileMode) (*os.File, error) {
 	return f, nil
 }
 
+const (
+	tempRandom = 8 // bytes
+	tempSuffix = ".tmp"
+)
+
 // tempName returns a name in path's directory that nobody can plant ahead.
 func tempName(path string) string {
 	dir, base := filepath.Split(path)
-	return dir + "." + base + "." + randomHex(8) + ".tmp"
+	return dir + "." + base + "." + randomHex(tempRandom) + tempSuffix
 }
 
 // dirOf is filepath.Dir without its textual removal of "..", which means

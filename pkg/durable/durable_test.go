@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -233,5 +234,40 @@ func TestLockDirRefusesALinkAsLockFile(t *testing.T) {
 	wantReason(t, err, "path_untrusted")
 	if mustRead(t, victim) != "precious" {
 		t.Error("the target of the link was written")
+	}
+}
+
+// What a kill in WriteFile leaves behind is swept; what only looks like it is
+// not.
+func TestSweepRemovesLeftoversOfItsFileAlone(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "keys.json")
+	temp := func(base, random string) string { return filepath.Join(dir, "."+base+"."+random+".tmp") }
+	keep := []string{
+		path, temp("other.json", "0123456789abcdef"), temp("keys.json", "0123456789abcde"), temp("keys.json", "0123456789abcdeg"),
+		temp("keys.json", "x.0123456789abcdef"), filepath.Join(dir, ".keys.json.tmp"), filepath.Join(dir, "keys.json.0123456789abcdef.tmp"),
+	}
+	gone := []string{temp("keys.json", "0123456789abcdef"), filepath.Join(dir, filepath.Base(tempName(path)))}
+	for _, file := range append(slices.Clone(keep), gone...) {
+		if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	folder := temp("keys.json", "00000000deadbeef")
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := Sweep(path); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range append(keep, folder) {
+		if _, err := os.Lstat(file); err != nil {
+			t.Errorf("%s is gone", file)
+		}
+	}
+	for _, file := range gone {
+		if _, err := os.Lstat(file); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there", file)
+		}
 	}
 }
