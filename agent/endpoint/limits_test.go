@@ -1,6 +1,7 @@
 package endpoint
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -9,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -31,6 +34,33 @@ func TestStreamsBeyondTheLimitAreShed(t *testing.T) { // NEG-43
 				t.Fatalf("%v denials", n)
 			}
 		})
+	}
+}
+
+// A stream whose request never comes takes memory as well.
+func TestHalfRequestsCountAsStreams(t *testing.T) { // NEG-43
+	const reflect = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+	ca := newAuthority(t)
+	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))}, withLimits(Limits{StreamsPerUID: 2}))
+	half := func(ctx context.Context, method string) grpc.ClientStream { // headers alone
+		stream, err := e.conn().NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return stream
+	}
+	for _, method := range []string{fetchSVID, reflect} {
+		ctx, cancel := context.WithCancel(withHeader(t))
+		half(ctx, method)
+		half(ctx, method)
+		until(t, "both counted", func() bool { return e.server.gate.count(streams) == 2 })
+		wantStatus(t, half(ctx, method).RecvMsg(new(workload.X509SVIDResponse)), codes.Unavailable, "load_shed")
+		cancel()
+		until(t, "both given back", func() bool { return e.server.gate.count(streams) == 0 })
+	}
+	recv(t, fetch(t, e.client(), withHeader(t)))
+	if n := e.value("assay_workload_denials_total", "load_shed"); n != 2 {
+		t.Fatalf("%v denials", n)
 	}
 }
 

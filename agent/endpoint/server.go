@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
@@ -106,6 +107,7 @@ func New(cfg Config) (*Server, error) {
 		MaxStreams: uint32(limits.StreamsPerUID) + 100,
 		Log:        cfg.Log, Metrics: cfg.Calls,
 		Options: []grpc.ServerOption{
+			grpc.ChainStreamInterceptor(s.counted),
 			grpc.ForceServerCodecV2(newCodec()),
 			// Requests are a few bytes: small buffers do, and fixed windows save
 			// the pings that gRPC would measure bandwidth with.
@@ -116,7 +118,9 @@ func New(cfg Config) (*Server, error) {
 		},
 	})
 	workload.RegisterSpiffeWorkloadAPIServer(s.grpc, workloadAPI{server: s})
-	s.registerReflection(s.grpc)
+	// Clients that find no reflection assume that the endpoint has the Workload
+	// API only (WL-16).
+	reflection.Register(s.grpc)
 	return s, nil
 }
 

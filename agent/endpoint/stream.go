@@ -42,8 +42,10 @@ var (
 // errInterrupted ends a handler whose client has left; hardly anybody reads it.
 var errInterrupted = fault.New(fault.NotReady, "interrupted", "the call was interrupted: retry")
 
-// counted runs an RPC of a caller that is within its limits.
-func (s *Server) counted(ctx context.Context, run func(*caller) error) error {
+// counted is the interceptor that serves callers within their limits. A stream
+// counts from its headers on: its request may never come.
+func (s *Server) counted(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx := stream.Context()
 	who, err := callerFrom(ctx)
 	if err != nil {
 		s.metrics.denied(err)
@@ -55,7 +57,7 @@ func (s *Server) counted(ctx context.Context, run func(*caller) error) error {
 		return errShed
 	}
 	defer s.gate.give(uid, streams, 1)
-	switch err = run(who); {
+	switch err = handler(srv, stream); {
 	case err == nil:
 		return nil
 	case ctx.Err() == nil:
@@ -69,28 +71,30 @@ func (s *Server) counted(ctx context.Context, run func(*caller) error) error {
 
 // follow is the one way of every stream: caller -> subscription -> message.
 func (s *Server) follow(stream grpc.ServerStream, p *profile) error {
-	return s.counted(stream.Context(), func(who *caller) error {
-		open := s.metrics.streams.WithLabelValues(p.method)
-		open.Inc()
-		defer open.Dec()
-		selectors, err := who.Selectors(stream.Context())
-		if err != nil {
-			return err
-		}
-		sub := s.subscribe(selectors)
-		defer sub.Close()
-		f := &follower{server: s, stream: stream, profile: p, who: who, sub: sub}
-		snap, err := f.first()
-		for err == nil {
-			if err = f.deliver(snap); err == nil {
-				snap, err = f.next()
-			}
-		}
-		if fault.KindOf(err) == fault.Denied {
-			s.explain(stream.Context(), who, selectors)
-		}
+	who, err := callerFrom(stream.Context())
+	if err != nil {
 		return err
-	})
+	}
+	open := s.metrics.streams.WithLabelValues(p.method)
+	open.Inc()
+	defer open.Dec()
+	selectors, err := who.Selectors(stream.Context())
+	if err != nil {
+		return err
+	}
+	sub := s.subscribe(selectors)
+	defer sub.Close()
+	f := &follower{server: s, stream: stream, profile: p, who: who, sub: sub}
+	snap, err := f.first()
+	for err == nil {
+		if err = f.deliver(snap); err == nil {
+			snap, err = f.next()
+		}
+	}
+	if fault.KindOf(err) == fault.Denied {
+		s.explain(stream.Context(), who, selectors)
+	}
+	return err
 }
 
 // explain logs what a denied caller looks like, for whoever writes its entry.
