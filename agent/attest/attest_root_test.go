@@ -3,11 +3,13 @@
 package attest
 
 import (
+	"errors"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 
@@ -134,6 +136,36 @@ func TestUnmappedGroupsGiveNoSelector(t *testing.T) {
 	}
 	if got := p.facts.process.Groups; !slices.Equal(got, []uint32{4}) {
 		t.Fatalf("groups %v", got)
+	}
+}
+
+// Each set of groups is indexed: one that a user can make as long as the kernel
+// allows is refused whole.
+func TestCallerWithTooManyGroups(t *testing.T) { // NEG-39, NEG-43
+	for n, passes := range map[int]bool{1024: true, 1025: false} {
+		t.Run(strconv.Itoa(n), func(t *testing.T) {
+			kernels(t, func(t *testing.T, a *Attestor) {
+				groups := make([]uint32, n)
+				for i := range groups {
+					groups[i] = uint32(100_000 + i)
+				}
+				s := listen(t, a)
+				startCaller(t, "stay", s.path, func(cmd *exec.Cmd) {
+					cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1, Gid: 2, Groups: groups}}
+				})
+				p, _ := s.accept(t)
+				set, err := p.Selectors(t.Context())
+				if !passes {
+					wantRefusal(t, p.Check(), fault.Denied, "too_many_groups")
+					wantRefusal(t, err, fault.Denied, "too_many_groups")
+					return
+				}
+				last := selector.NewSet(selector.Selector{Type: "unix", Value: "supplementary_gid:101023"})
+				if err := errors.Join(err, p.Check()); err != nil || !set.Contains(last) {
+					t.Fatalf("%d selectors, %v", len(set), err)
+				}
+			})
+		})
 	}
 }
 

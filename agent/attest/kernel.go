@@ -136,8 +136,12 @@ func pidfdByPID(pid int32) (int, error) {
 	return fd, nil
 }
 
+// maxGroups is how many supplementary groups a caller may have. The kernel lets
+// users with a range of group numbers take 65536, and each gives selectors.
+const maxGroups = 1024
+
 // peerGroups returns the supplementary groups of the process that connected, as
-// they were then.
+// they were then: all, or an error.
 func peerGroups(sock int) ([]uint32, error) {
 	for size := 64; ; {
 		groups := make([]uint32, size)
@@ -148,7 +152,9 @@ func peerGroups(sock int) ([]uint32, error) {
 		case 0:
 			return groups[: length/4 : length/4], nil
 		case unix.ERANGE: // length now holds what is needed
-			size = int(length / 4)
+			if size = int(length / 4); size > maxGroups {
+				return nil, errTooManyGroups
+			}
 			continue
 		case unix.ENODATA:
 			return nil, nil

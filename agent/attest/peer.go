@@ -131,6 +131,9 @@ func refusal(err error) error {
 	case errors.Is(err, errUnresolvable):
 		return fault.Wrap(fault.Denied, err, "caller_unresolvable",
 			"the caller's process or user has no number here: it is in a PID or user namespace, or behind a hidepid /proc, that the agent can't see into")
+	case errors.Is(err, errTooManyGroups):
+		return fault.Wrap(fault.Denied, err, "too_many_groups",
+			fmt.Sprintf("the caller has more than %d supplementary groups: run it with fewer", maxGroups))
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
 		return fault.Wrap(fault.NotReady, err, "load_shed", "the agent has no descriptors or memory left; retry later")
 	}
@@ -138,7 +141,10 @@ func refusal(err error) error {
 		"workload attestation failed; retry, and see the agent's log if it stays")
 }
 
-var errUnresolvable = errors.New("pid 0, overflow uid or no entry in /proc")
+var (
+	errUnresolvable  = errors.New("pid 0, overflow uid or no entry in /proc")
+	errTooManyGroups = errors.New("too many supplementary groups")
+)
 
 // pin looks at the process behind a connected socket. It always returns a peer;
 // one that may not be served carries the reason.

@@ -13,6 +13,7 @@ import (
 var reasons = []string{
 	"attestation_failed", "caller_changed", "caller_gone", "caller_unresolvable", "load_shed", "no_identity", "not_synced",
 	"response_invalid", "response_too_large", "shutting_down", "stream_stalled", "svid_expired_server_unreachable", "svid_pending",
+	"too_many_groups",
 }
 
 type metrics struct {
