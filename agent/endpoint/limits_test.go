@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -61,6 +63,24 @@ func TestHalfRequestsCountAsStreams(t *testing.T) { // NEG-43
 	recv(t, fetch(t, e.client(), withHeader(t)))
 	if n := e.value("assay_workload_denials_total", "load_shed"); n != 2 {
 		t.Fatalf("%v denials", n)
+	}
+}
+
+func TestRefusedCallsDoNotFloodTheLog(t *testing.T) { // NEG-43
+	logs := &strings.Builder{}
+	e := serve(t, &source{err: errNoIdentity}, func(c *Config, _ *timing) { c.Log = slog.New(slog.NewTextHandler(logs, nil)) })
+	cc, begin := e.conn(), time.Now()
+	const calls = 200
+	for range calls {
+		wantStatus(t, call(t.Context(), cc, fetchSVID), codes.InvalidArgument, "security_header_missing")
+	}
+	e.stop()
+	most := 10 + 10*int(time.Since(begin)/time.Second+1)
+	if n := strings.Count(logs.String(), "reason=security_header_missing"); n == 0 || n > most {
+		t.Errorf("%d lines, want at most %d", n, most)
+	}
+	if n := e.value("assay_rpc_denials_total", "security_header_missing"); n != calls {
+		t.Errorf("%v denials counted", n)
 	}
 }
 

@@ -105,7 +105,7 @@ func New(cfg Config) (*Server, error) {
 		// Above the limit per user, so that what is too much is refused: gRPC's
 		// own limit makes clients wait in silence.
 		MaxStreams: uint32(limits.StreamsPerUID) + 100,
-		Log:        cfg.Log, Metrics: cfg.Calls,
+		Log:        cfg.Log, Metrics: cfg.Calls, RefusalsPerSecond: 10,
 		Options: []grpc.ServerOption{
 			grpc.ChainStreamInterceptor(s.counted),
 			grpc.ForceServerCodecV2(newCodec()),

@@ -94,6 +94,10 @@ func (g *guard) done(ctx context.Context, c *call, method string, err error) {
 	if !g.cfg.Log.Enabled(ctx, level) {
 		return
 	}
+	if level == slog.LevelInfo && !g.lines.Allow() {
+		g.suppressed.Add(1)
+		return
+	}
 	attrs := []slog.Attr{
 		slog.String("server", g.cfg.Name), slog.String("method", method), slog.String("request_id", c.id),
 		slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()), slog.String("addr", c.caller.Addr),
@@ -103,6 +107,9 @@ func (g *guard) done(ctx context.Context, c *call, method string, err error) {
 	}
 	if !c.caller.ID.IsZero() {
 		attrs = append(attrs, slog.String("caller", c.caller.ID.String()))
+	}
+	if n := g.suppressed.Swap(0); n > 0 {
+		attrs = append(attrs, slog.Int64("suppressed", n))
 	}
 	g.cfg.Log.LogAttrs(ctx, level, "call refused or failed", attrs...)
 }

@@ -6,8 +6,10 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
@@ -66,6 +68,10 @@ type ServerConfig struct {
 	MaxStreams uint32
 	Log        *slog.Logger
 	Metrics    *Metrics
+	// RefusalsPerSecond bounds the lines that the log has of refused calls, for
+	// sockets that anybody can call; the next line says how many are missing.
+	// Zero means all. The metrics count each.
+	RefusalsPerSecond int
 	// Options come last, so they may override the defaults.
 	Options []grpc.ServerOption
 }
@@ -87,7 +93,7 @@ func NewServer(cfg ServerConfig) *grpc.Server {
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = defaultMaxStreams
 	}
-	g := &guard{cfg: cfg}
+	g := newGuard(cfg)
 	opts := []grpc.ServerOption{
 		grpc.Creds(cfg.Creds),
 		grpc.InTapHandle(g.tap),
@@ -105,7 +111,17 @@ func NewServer(cfg ServerConfig) *grpc.Server {
 
 // guard is the part of a server that every RPC passes.
 type guard struct {
-	cfg ServerConfig
+	cfg        ServerConfig
+	lines      *rate.Limiter // of refusals
+	suppressed atomic.Int64
+}
+
+func newGuard(cfg ServerConfig) *guard {
+	g := &guard{cfg: cfg, lines: rate.NewLimiter(rate.Inf, 0)}
+	if n := cfg.RefusalsPerSecond; n > 0 {
+		g.lines = rate.NewLimiter(rate.Limit(n), n)
+	}
+	return g
 }
 
 func (g *guard) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
