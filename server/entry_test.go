@@ -14,12 +14,14 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/ca"
 )
 
@@ -86,7 +88,6 @@ func TestEntriesOfABatchSucceedOrFailOneByOne(t *testing.T) {
 		{"twice in the batch", entry(node, "/good"), codes.AlreadyExists, "entry_exists"},
 		{"admin", change(func(e *types.Entry) { e.Admin = true }), codes.InvalidArgument, "entry_admin_unsupported"},
 		{"downstream", change(func(e *types.Entry) { e.Downstream = true }), codes.InvalidArgument, "entry_downstream_unsupported"},
-		{"store_svid", change(func(e *types.Entry) { e.StoreSvid = true }), codes.InvalidArgument, "entry_store_svid_unsupported"},
 		{"nil", nil, codes.InvalidArgument, "spiffe_id_invalid"},
 		{"no parent", change(func(e *types.Entry) { e.ParentId = nil }), codes.InvalidArgument, "spiffe_id_invalid"},
 		{"foreign ID", change(func(e *types.Entry) { e.SpiffeId.TrustDomain = "other.org" }), codes.InvalidArgument, "spiffe_id_invalid"},
@@ -384,5 +385,70 @@ func TestBundleAndStatusTellTheSameStory(t *testing.T) {
 		status.GetRevision() != h.rooms.registry.Revision() || a.GetState() != "active" || a.GetUse() != "x509" || a.GetPin() != ca.Pin(root) ||
 		a.GetNotAfter().AsTime().Unix() != root.NotAfter.Unix() || status.GetIssuer().GetAuthorityId() != a.GetId() || status.GetIssuer().GetNotAfter() == nil {
 		t.Errorf("status: %v", status)
+	}
+}
+
+// Controllers of the SPIRE world probe with entries like these before they
+// work; each is stored and comes back as it was.
+func TestProbesOfControllersPass(t *testing.T) {
+	h := start(t)
+	o := h.operator()
+	unknown := entry(spiffeid.RequireFromString("spiffe://example.org/made/up/parent"), "/probe")
+	unknown.Selectors = []*types.Selector{{Type: "nobody-has-this", Value: "a:b"}}
+	stored := entry(node, "/for-a-store")
+	stored.StoreSvid = true
+	for i, id := range o.create(t, unknown, stored) {
+		given := []*types.Entry{unknown, stored}[i]
+		read, err := o.entries.GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: id})
+		if err != nil || !proto.Equal(read.GetParentId(), given.GetParentId()) || !proto.Equal(read.GetSpiffeId(), given.GetSpiffeId()) ||
+			!proto.Equal(read.GetSelectors()[0], given.GetSelectors()[0]) || read.GetStoreSvid() != given.GetStoreSvid() {
+			t.Errorf("%v, %v", read, err)
+		}
+	}
+}
+
+// An entry for a secret store is no workload's: no agent hears of it, and none
+// gets a certificate for it.
+func TestEntryForAStoreReachesNoAgent(t *testing.T) {
+	h := start(t)
+	o := h.operator()
+	a := h.newAgent()
+	stored := entry(a.id, "/for-a-store")
+	stored.StoreSvid = true
+	id := o.create(t, stored)[0]
+	stream := openSync(t, a, nil)
+	if first := one(t, stream); len(first.GetEntries()) != 0 {
+		t.Errorf("the agent has %v", first.GetEntries())
+	}
+	sign := func() *agentv1.SignX509Response_Result {
+		t.Helper()
+		resp, err := a.SignX509(t.Context(), &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: id, Csr: newCSR(t, newKey(t), nil)}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.GetResults()[0]
+	}
+	if got := sign(); got.GetFailure().GetReason() != "entry_not_authorized" || got.GetChain() != nil {
+		t.Errorf("signed: %v", got)
+	}
+	update := func(store bool) {
+		t.Helper()
+		resp, err := o.entries.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{
+			Entries: []*types.Entry{{Id: id, StoreSvid: store}}, InputMask: &types.EntryMask{StoreSvid: true},
+		})
+		if err != nil || resp.GetResults()[0].GetStatus().GetCode() != 0 {
+			t.Fatalf("%v, %v", resp, err)
+		}
+	}
+	update(false)
+	if got := one(t, stream); len(got.GetEntries()) != 1 {
+		t.Errorf("now it is a workload's: %v", got)
+	}
+	if got := sign(); got.GetChain() == nil {
+		t.Errorf("not signed: %v", got)
+	}
+	update(true)
+	if got := one(t, stream); len(got.GetRemovedEntryIds()) != 1 {
+		t.Errorf("again it is not: %v", got)
 	}
 }

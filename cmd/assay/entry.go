@@ -25,6 +25,7 @@ type entryShape struct {
 	X509SVIDTTLSeconds int32      `json:"x509_svid_ttl_seconds"`
 	DNSNames           []string   `json:"dns_names"`
 	Hint               string     `json:"hint"`
+	StoreSVID          bool       `json:"store_svid"`
 	ExpiresAt          *time.Time `json:"expires_at"`
 	CreatedAt          *time.Time `json:"created_at"`
 	Revision           int64      `json:"revision"`
@@ -34,7 +35,7 @@ func entryFromProto(e *types.Entry) entryShape {
 	return entryShape{
 		ID: e.GetId(), SPIFFEID: idFromProto(e.GetSpiffeId()), ParentID: idFromProto(e.GetParentId()),
 		Selectors: selectorTexts(e.GetSelectors()), X509SVIDTTLSeconds: e.GetX509SvidTtl(),
-		DNSNames: list(e.GetDnsNames()), Hint: e.GetHint(),
+		DNSNames: list(e.GetDnsNames()), Hint: e.GetHint(), StoreSVID: e.GetStoreSvid(),
 		ExpiresAt: fromUnix(e.GetExpiresAt()), CreatedAt: fromUnix(e.GetCreatedAt()), Revision: e.GetRevisionNumber(),
 	}
 }
@@ -80,6 +81,9 @@ func (e entryShape) write(w io.Writer) error {
 	}
 	if e.Hint != "" {
 		t.add("hint", e.Hint)
+	}
+	if e.StoreSVID {
+		t.add("store svid", "yes: no workload gets it")
 	}
 	if e.ExpiresAt != nil {
 		t.add("expires", e.expires(time.Now()))

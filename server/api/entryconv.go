@@ -35,8 +35,7 @@ var everyField = &types.EntryMask{
 // Fields that are not honoured yet (federates_with, jwt_svid_ttl,
 // additional_attributes) are not kept, so they come back empty. Those whose
 // loss would widen a right are refused: an entry that is not admin or
-// downstream, or that any workload gets instead of a secret store, is not what
-// was asked for.
+// downstream is not what was asked for.
 func entryChange(td spiffeid.TrustDomain, p *types.Entry, mask *types.EntryMask) (func(*registry.Entry), error) {
 	if err := refuseUnsupported(p, mask); err != nil {
 		return nil, err
@@ -85,6 +84,9 @@ func entryChange(td spiffeid.TrustDomain, p *types.Entry, mask *types.EntryMask)
 		if mask.GetHint() {
 			e.Hint = p.GetHint()
 		}
+		if mask.GetStoreSvid() {
+			e.StoreSVID = p.GetStoreSvid()
+		}
 	}, nil
 }
 
@@ -95,7 +97,6 @@ func refuseUnsupported(p *types.Entry, mask *types.EntryMask) error {
 	}{
 		{mask.GetAdmin() && p.GetAdmin(), "admin"},
 		{mask.GetDownstream() && p.GetDownstream(), "downstream"},
-		{mask.GetStoreSvid() && p.GetStoreSvid(), "store_svid"},
 	} {
 		if flag.set {
 			return fault.New(fault.Invalid, "entry_"+flag.name+"_unsupported", "this server does not support "+flag.name+" entries: leave it out")
@@ -118,7 +119,7 @@ func expiryFromProto(seconds int64) (time.Time, error) {
 func entryToProto(e *registry.Entry) *types.Entry {
 	return &types.Entry{
 		Id: e.ID, SpiffeId: idToProto(e.SPIFFEID), ParentId: idToProto(e.ParentID), Selectors: selectorsToProto(e.Selectors),
-		X509SvidTtl: int32(e.X509SVIDTTL / time.Second), DnsNames: e.DNSNames, Hint: e.Hint,
+		X509SvidTtl: int32(e.X509SVIDTTL / time.Second), DnsNames: e.DNSNames, Hint: e.Hint, StoreSvid: e.StoreSVID,
 		ExpiresAt: unixSeconds(e.ExpiresAt), CreatedAt: unixSeconds(e.CreatedAt), RevisionNumber: e.Revision,
 	}
 }

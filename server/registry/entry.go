@@ -27,8 +27,8 @@ const (
 //
 // SPIRE's entry has more fields. Those that only add something (federates_with,
 // jwt_svid_ttl, additional_attributes) are not kept, so they come back empty.
-// Those whose loss would widen a right (admin, downstream, store_svid) must be
-// refused by whoever reads SPIRE's message: an Entry can't express them.
+// Those whose loss would widen a right (admin, downstream) must be refused by
+// whoever reads SPIRE's message: an Entry can't express them.
 type Entry struct {
 	ID          string
 	SPIFFEID    spiffeid.ID
@@ -37,6 +37,7 @@ type Entry struct {
 	X509SVIDTTL time.Duration // zero: the server's default
 	DNSNames    []string
 	Hint        string
+	StoreSVID   bool      // for a secret store: no agent and no workload has it
 	ExpiresAt   time.Time // zero: never
 	CreatedAt   time.Time
 	Revision    int64 // how often it was updated

@@ -13,7 +13,7 @@ import (
 type item struct {
 	Entry
 	stored int64 // revision that wrote the record
-	live   bool  // in its parent's view: expired ones are not
+	live   bool  // in its parent's view: expired ones are not, nor those for stores
 }
 
 func byID(a, b *item) int { return strings.Compare(a.ID, b.ID) }
@@ -171,7 +171,8 @@ func (m *mirror) replace(old, next *item, d delta, now time.Time) {
 	}
 }
 
-// attach adds it to the indexes; what has expired goes into no view.
+// attach adds it to the indexes; what has expired or is for a secret store goes
+// into no view.
 func (m *mirror) attach(it *item, now time.Time) {
 	p := m.parent(it.ParentID)
 	it.ParentID = p.id // one copy of the text for all children
@@ -186,8 +187,10 @@ func (m *mirror) attach(it *item, now time.Time) {
 		m.expiring.put(it)
 		m.wake()
 	}
-	it.live = true
-	p.view.put(it)
+	if !it.StoreSVID {
+		it.live = true
+		p.view.put(it)
+	}
 }
 
 // detach takes it out of the indexes. it.live keeps what it was.
@@ -210,9 +213,11 @@ func (m *mirror) expire(now time.Time) {
 	for it := m.expiring.first(); it != nil && it.expired(now); it = m.expiring.first() {
 		m.expiring.remove(it)
 		m.expired.put(it)
-		it.live = false
-		m.parent(it.ParentID).view.remove(it)
-		m.record(it, change{revision: m.revision, at: it.ExpiresAt, id: it.ID, uncommitted: true})
+		if it.live {
+			it.live = false
+			m.parent(it.ParentID).view.remove(it)
+			m.record(it, change{revision: m.revision, at: it.ExpiresAt, id: it.ID, uncommitted: true})
+		}
 	}
 }
 

@@ -120,11 +120,11 @@ func (m *mirror) scan(f *EntryFilter, from *item, do func(*Entry) bool) (last *i
 }
 
 // EntryFor returns the entry if agent may have SVIDs signed for it now. The
-// answer is the same for an entry of another agent, one that has expired and
-// one that does not exist.
+// answer is the same for an entry of another agent, one that has expired, one
+// for a secret store and one that does not exist.
 func (r *Registry) EntryFor(agent spiffeid.ID, entryID string) (Entry, error) {
 	it, ok := r.mirror.entry(entryID)
-	if !ok || it.ParentID != agent || it.expired(time.Now()) {
+	if !ok || it.ParentID != agent || it.StoreSVID || it.expired(time.Now()) {
 		return Entry{}, fault.New(fault.NotFound, agentv1.ReasonEntryNotAuthorized, "this agent has no such entry")
 	}
 	return it.Entry, nil

@@ -77,6 +77,7 @@ type entryRecord struct {
 	X509SVIDTTL int64    `json:"x509_svid_ttl_ms,omitempty"`
 	DNSNames    []string `json:"dns_names,omitempty"`
 	Hint        string   `json:"hint,omitempty"`
+	StoreSVID   bool     `json:"store_svid,omitempty"`
 	ExpiresAt   int64    `json:"expires_at_ms,omitempty"`
 	CreatedAt   int64    `json:"created_at_ms"`
 	Revision    int64    `json:"revision,omitempty"`
@@ -85,7 +86,7 @@ type entryRecord struct {
 func encodeEntry(e *Entry) ([]byte, error) {
 	data, err := store.Encode(schema, entryRecord{
 		SPIFFEID: e.SPIFFEID.String(), ParentID: e.ParentID.String(), Selectors: selectorTexts(e.Selectors),
-		X509SVIDTTL: e.X509SVIDTTL.Milliseconds(), DNSNames: e.DNSNames, Hint: e.Hint,
+		X509SVIDTTL: e.X509SVIDTTL.Milliseconds(), DNSNames: e.DNSNames, Hint: e.Hint, StoreSVID: e.StoreSVID,
 		ExpiresAt: millis(e.ExpiresAt), CreatedAt: millis(e.CreatedAt), Revision: e.Revision,
 	})
 	if err != nil {
@@ -108,7 +109,7 @@ func (r rules) decodeEntry(rec store.Record) (Entry, error) {
 	e := Entry{
 		ID:          strings.TrimPrefix(rec.Key, entryPrefix),
 		X509SVIDTTL: min(time.Duration(in.X509SVIDTTL)*time.Millisecond, r.maxTTL),
-		DNSNames:    in.DNSNames, Hint: in.Hint,
+		DNSNames:    in.DNSNames, Hint: in.Hint, StoreSVID: in.StoreSVID,
 		ExpiresAt: fromMillis(in.ExpiresAt), CreatedAt: fromMillis(in.CreatedAt), Revision: in.Revision,
 	}
 	var err error // of the form only; check is strict about the rest
