@@ -60,7 +60,7 @@ lint: $(TOOLS)/golangci-lint ## format and lint
 fmt: $(TOOLS)/golangci-lint
 	$(TOOLS)/golangci-lint fmt
 
-fuzz: ## each fuzz target for FUZZTIME (default 10s)
+fuzz: ## each fuzz target for FUZZTIME: a time or a number of inputs (default 10s)
 	test/fuzz.sh $(or $(FUZZTIME),10s)
 
 clean:

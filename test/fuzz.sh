@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every fuzz target of the module, one after the other, for the given time.
+# Runs every fuzz target of the module, one after the other, for the given time
+# (10s) or number of inputs (4000x).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 each=${1:-10s}
