@@ -3,8 +3,10 @@
 package attest
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -12,6 +14,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -371,4 +375,30 @@ func BenchmarkPin(b *testing.B) {
 		}
 		p.release()
 	}
+}
+
+// Users can make attestation of themselves fail as often as they like.
+func TestFailuresDoNotFloodTheLog(t *testing.T) { // NEG-43
+	synctest.Test(t, func(t *testing.T) {
+		var lines bytes.Buffer
+		a := newAttestor(t, map[string]Source{"broken": &fakeSource{err: errors.New("no such luck")}})
+		a.log = slog.New(slog.NewTextHandler(&lines, nil))
+		fail := func(times int) (logged int) {
+			for range times {
+				if _, err := a.attest(t.Context(), Process{}); err == nil {
+					t.Fatal("it succeeded")
+				}
+			}
+			logged = strings.Count(lines.String(), "\n")
+			lines.Reset()
+			return logged
+		}
+		if n := fail(1000); n != failureLines {
+			t.Errorf("%d lines", n)
+		}
+		time.Sleep(time.Second)
+		if n := fail(1000); n != failureLines {
+			t.Errorf("%d lines a second later", n)
+		}
+	})
 }

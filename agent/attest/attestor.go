@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strconv"
 
+	"golang.org/x/time/rate"
+
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
@@ -58,7 +60,11 @@ type Attestor struct {
 	kernel    kernel
 	overflow  id // uid and gid that stand for "not mapped here"
 	processes processes
+	failures  *rate.Limiter // lines of the log: users can bring failures about
 }
+
+// failureLines per second are logged of attestations that failed.
+const failureLines = 10
 
 type namedSource struct {
 	name string
@@ -78,7 +84,10 @@ func NewAttestor(o Options) (*Attestor, error) {
 		return nil, fault.Wrap(fault.Precondition, err, "kernel_unsupported",
 			"this kernel has no pidfd_open: the agent needs Linux 5.3 or newer, better 6.5")
 	}
-	a := &Attestor{log: o.Log, kernel: k, processes: processes{byInode: map[uint64]*process{}}}
+	a := &Attestor{
+		log: o.Log, kernel: k, processes: processes{byInode: map[uint64]*process{}},
+		failures: rate.NewLimiter(failureLines, failureLines),
+	}
 	if a.overflow, err = overflowIDs(); err != nil {
 		return nil, err
 	}
@@ -110,8 +119,10 @@ func (a *Attestor) attest(ctx context.Context, p Process) (selector.Set, error) 
 	for _, s := range a.sources {
 		set, err := s.Selectors(ctx, p)
 		if err != nil {
-			a.log.LogAttrs(ctx, slog.LevelWarn, "workload attestation failed", slog.String("attestor", s.name),
-				slog.Int64("pid", int64(p.PID)), slog.Uint64("uid", uint64(p.UID)), slog.String("error", err.Error()))
+			if a.failures.Allow() {
+				a.log.LogAttrs(ctx, slog.LevelWarn, "workload attestation failed", slog.String("attestor", s.name),
+					slog.Int64("pid", int64(p.PID)), slog.Uint64("uid", uint64(p.UID)), slog.String("error", err.Error()))
+			}
 			return nil, fault.Wrap(fault.NotReady, fmt.Errorf("attestor %s: %w", s.name, err), "attestation_failed",
 				"workload attestation failed; retry, and see the agent's log if it stays")
 		}
