@@ -16,7 +16,7 @@ const module = "github.com/seed-caa81108/assay/"
 // rooms is the package table: what each room may import from this module. An
 // edge that is not here is a wall; docs/architecture.md has the drawing.
 var rooms = map[string][]string{
-	"cmd/assay":        {"server", "agent", "proto/admin/v1", "pkg/daemon", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
+	"cmd/assay":        {"server", "agent", "proto/admin/v1", "pkg/daemon", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"cmd/assay-server": {"server", "pkg/daemon", "pkg/fault"},
 	"cmd/assay-agent":  {"agent", "pkg/daemon", "pkg/fault"},
 
@@ -28,7 +28,7 @@ var rooms = map[string][]string{
 		"server/attest", "server/audit", "server/ca", "server/registry",
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
-	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/selector"},
+	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/name", "pkg/selector"},
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},
 	"server/keys":     {"pkg/durable", "pkg/fault"},
@@ -42,7 +42,7 @@ var rooms = map[string][]string{
 		"proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/selector",
 	},
 	"agent/attest":   {"pkg/fault", "pkg/rpc", "pkg/selector"},
-	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
+	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"agent/endpoint": {"agent/attest", "agent/cache", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"agent/node":     {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule"},
 	"agent/state":    {"proto/agent/v1", "pkg/durable", "pkg/fault"},

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/pkg/selector"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
@@ -66,7 +67,7 @@ func parseEntry(from *agentv1.Entry, committed time.Time, td spiffeid.TrustDomai
 	if from.GetId() == "" {
 		return invalid("no ID")
 	}
-	id, err := spiffeid.FromString(from.GetSpiffeId())
+	id, err := name.ParseID(from.GetSpiffeId())
 	if err != nil {
 		return invalid("not a SPIFFE ID")
 	}

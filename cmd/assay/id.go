@@ -8,12 +8,13 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
 // parseID reads a SPIFFE ID of the command line.
 func parseID(flag, text string) (spiffeid.ID, error) {
-	id, err := spiffeid.FromString(text)
+	id, err := name.ParseID(text)
 	if err != nil || id.Path() == "" {
 		return spiffeid.ID{}, usageError(flag + " must be a SPIFFE ID with a path, as in spiffe://example.org/web, got " + quote(text))
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
@@ -48,7 +49,7 @@ func (r *Rejoin) Attest(ctx context.Context, e Evidence, _ func(context.Context,
 	if len(p.GetAgentId()) > maxAgentID || len(p.GetPublicKey()) > maxRejoinKey || len(p.GetSignature()) > maxRejoinSignature {
 		return Result{}, refused(errors.New("read payload: too long"))
 	}
-	id, err := spiffeid.FromString(p.GetAgentId())
+	id, err := name.ParseID(p.GetAgentId())
 	if err != nil {
 		return Result{}, refused(fmt.Errorf("read agent id: %w", err))
 	}

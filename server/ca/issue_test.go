@@ -25,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/server/audit"
 )
 
@@ -277,7 +278,7 @@ func TestNamesAreChecked(t *testing.T) {
 			t.Errorf("cluster %q: got %q, want %q", cluster, got, want)
 		}
 	}
-	many := make([]string, maxDNSNames+1)
+	many := make([]string, name.MaxDNSNames+1)
 	for i := range many {
 		many[i] = fmt.Sprintf("n%d.example", i)
 	}
@@ -289,7 +290,7 @@ func TestNamesAreChecked(t *testing.T) {
 		{[]string{"web.example", "*.example"}, ""},
 		{[]string{"a_b.example"}, "dns_name_invalid"},
 		{[]string{"1.example"}, ""},
-		{many[:maxDNSNames], ""},
+		{many[:name.MaxDNSNames], ""},
 		{[]string{strings.Repeat("a", 63) + ".example"}, ""},
 		{many, "dns_name_invalid"},
 		{[]string{""}, "dns_name_invalid"},

@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 )
 
 // A lint judges one aspect of a certificate and returns what is wrong, or "".
@@ -346,7 +347,7 @@ func lintOtherNames(c *lintee) string {
 			return "there is a name of a kind that does not belong here"
 		}
 	}
-	return complain(checkDNSNames(c.DNSNames) != nil, "a DNS name is no host name or is there twice")
+	return complain(name.CheckDNS(c.DNSNames) != nil, "a DNS name is no host name or is there twice")
 }
 
 // Nothing but what the profiles know: no policies, no pointers to the outside,

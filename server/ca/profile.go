@@ -12,7 +12,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
-	"github.com/seed-caa81108/assay/pkg/name"
 )
 
 // Kind is a sort of end-entity certificate.
@@ -40,7 +39,6 @@ const (
 	maxIDBytes      = 2048 // SPIFFE-ID section 2.3
 	maxTDBytes      = 255
 	maxClusterRunes = 64 // ub-organizational-unit-name, RFC 5280 appendix A
-	maxDNSNames     = 64
 )
 
 // Root and issuer have constant names (X509-34: a new root has the old one's
@@ -190,26 +188,6 @@ func checkCluster(name string) error {
 	for _, r := range name {
 		if !unicode.IsPrint(r) {
 			return fault.New(fault.Invalid, "cluster_invalid", "the cluster's name has a character that does not print")
-		}
-	}
-	return nil
-}
-
-// checkDNSNames says whether names can be DNS SANs: host names in LDH form, a
-// wildcard only as the whole first label, nothing that reads as an IP address.
-func checkDNSNames(names []string) error {
-	if len(names) > maxDNSNames {
-		return fault.Newf(fault.Invalid, "dns_name_invalid", "%d DNS names are too many: the limit is %d", len(names), maxDNSNames)
-	}
-	seen := make(map[string]bool, len(names))
-	for i, dns := range names {
-		if !name.ValidDNS(dns) {
-			return fault.Newf(fault.Invalid, "dns_name_invalid", "DNS name number %d is not a host name", i+1)
-		}
-		if folded := strings.ToLower(dns); seen[folded] {
-			return fault.Newf(fault.Invalid, "dns_name_invalid", "DNS name number %d is given twice", i+1)
-		} else {
-			seen[folded] = true
 		}
 	}
 	return nil

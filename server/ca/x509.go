@@ -16,6 +16,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/server/audit"
 )
 
@@ -159,7 +160,7 @@ func (p *profiles) plan(req X509Request, iss *x509.Certificate, now time.Time) p
 	if l.err = checkCluster(req.Cluster); l.err != nil {
 		return l
 	}
-	if l.err = checkDNSNames(req.DNSNames); l.err != nil {
+	if l.err = name.CheckDNS(req.DNSNames); l.err != nil {
 		return l
 	}
 	life, backdate, err := shape.lifetime(req.TTL)

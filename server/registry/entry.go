@@ -14,9 +14,8 @@ import (
 
 // Bounds of an entry.
 const (
-	MaxHint     = 1024
-	MaxEntryID  = 255
-	MaxDNSNames = 64
+	MaxHint    = 1024
+	MaxEntryID = 255
 	// maxEntryBytes bounds one encoded entry, so that any entry fits into a
 	// message to its agent and many into one commit.
 	maxEntryBytes = 64 << 10
@@ -94,7 +93,7 @@ func (r rules) check(e *Entry) error {
 	case e.ExpiresAt.UnixMilli() < 0 && !e.ExpiresAt.IsZero():
 		return fault.New(fault.Invalid, "expires_at_invalid", "expires_at is a moment after 1970; leave it out for an entry that stays")
 	}
-	return checkDNSNames(e.DNSNames)
+	return name.CheckDNS(e.DNSNames)
 }
 
 // checkIDs holds both IDs to the standard (name.ParseID again: an ID in memory may
@@ -118,12 +117,8 @@ func (r rules) checkIDs(e *Entry) error {
 }
 
 func checkEntryID(id string) error {
-	ok := id != "" && len(id) <= MaxEntryID
-	for i := range len(id) {
-		c := id[i]
-		ok = ok && (lower(c) || upper(c) || digit(c) || c == '.' || c == '-' || c == '_')
-	}
-	if !ok {
+	const allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-_"
+	if id == "" || len(id) > MaxEntryID || strings.Trim(id, allowed) != "" {
 		return fault.Newf(fault.Invalid, "entry_id_invalid",
 			"an entry's id has 1 to %d characters of A-Z, a-z, 0-9, dot, dash and underscore; leave it out to have one made", MaxEntryID)
 	}
@@ -163,29 +158,6 @@ func checkStrength(set selector.Set) error {
 	}
 	return nil
 }
-
-func checkDNSNames(names []string) error {
-	if len(names) > MaxDNSNames {
-		return fault.Newf(fault.Invalid, "dns_name_invalid", "an entry has at most %d DNS names", MaxDNSNames)
-	}
-	seen := make(map[string]bool, len(names))
-	for _, dns := range names {
-		if !name.ValidDNS(dns) {
-			return fault.New(fault.Invalid, "dns_name_invalid",
-				"a DNS name has labels of letters, digits and dashes, 253 bytes in all, no trailing dot; a wildcard is a whole first label")
-		}
-		folded := strings.ToLower(dns)
-		if seen[folded] {
-			return fault.New(fault.Invalid, "dns_name_invalid", "a DNS name is listed twice")
-		}
-		seen[folded] = true
-	}
-	return nil
-}
-
-func lower(c byte) bool { return 'a' <= c && c <= 'z' }
-func upper(c byte) bool { return 'A' <= c && c <= 'Z' }
-func digit(c byte) bool { return '0' <= c && c <= '9' }
 
 func invalidID(rule string) error {
 	return fault.New(fault.Invalid, "spiffe_id_invalid", rule)
