@@ -11,6 +11,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/seed-caa81108/assay/pkg/daemon"
 )
 
 // format is the value of -o.
@@ -116,7 +118,7 @@ func oneLine(s string) string { return plain(strings.TrimRight(s, "\n")) }
 
 // warn prints on standard error what does not change the exit code.
 func (t *tool) warn(err error) {
-	shape := describe(err)
+	shape := daemon.Describe(err)
 	_, _ = fmt.Fprintln(t.stderr, oneLine("warning: "+shape.Reason+": "+shape.Message)) // with standard error gone nobody can be told
 }
 

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"github.com/seed-caa81108/assay/pkg/daemon"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 )
@@ -140,7 +141,7 @@ func verify(chain, roots []*x509.Certificate, want string, now time.Time) (verif
 // brokenRule makes bad data of what is a refused peer elsewhere: here nobody
 // asked to come in. The whole story is for the one who asked.
 func brokenRule(err error) error {
-	return fault.New(fault.Invalid, fault.ReasonOf(err), describe(err).Message)
+	return fault.New(fault.Invalid, fault.ReasonOf(err), daemon.Describe(err).Message)
 }
 
 // maxCertificateFile is far more than any chain or bundle needs.

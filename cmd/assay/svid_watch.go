@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/seed-caa81108/assay/pkg/daemon"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/schedule"
 )
@@ -195,7 +196,7 @@ func (w *watcher) failed(ctx context.Context, err error) {
 
 // warn prints a problem that does not end the watch, once while it lasts.
 func (w *watcher) warn(err error) {
-	shape := describe(err)
+	shape := daemon.Describe(err)
 	if shape.Reason == w.warned {
 		return
 	}

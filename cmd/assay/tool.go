@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"io"
 	"strings"
 
@@ -47,33 +46,13 @@ func run(ctx context.Context, e env, args []string) int {
 		return 0
 	}
 	if !t.started {
-		err = usageError(describe(err).Message)
+		err = usageError(daemon.Describe(err).Message)
 	}
 	return daemon.Fail(t.stderr, string(t.format), err)
 }
 
 // usageError is a command line that can't be run: exit 64.
 func usageError(text string) error { return fault.New(fault.Invalid, "usage", text) }
-
-// errorShape is one failure: Code is the kind ("not_found"), Reason the stable
-// code to match on, Message for people, RequestID what to look for in the log
-// of the daemon that answered; it is empty when none did.
-type errorShape struct {
-	Code      string `json:"code"`
-	Reason    string `json:"reason"`
-	Message   string `json:"message"`
-	RequestID string `json:"request_id"`
-}
-
-// describe tells the cause too: there is no other log than this terminal, and
-// no peer to hide it from.
-func describe(err error) errorShape {
-	shape := errorShape{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: err.Error(), RequestID: fault.RequestIDOf(err)}
-	if f, ok := errors.AsType[*fault.Fault](err); ok {
-		shape.Message = strings.TrimPrefix(f.Error(), shape.Reason+": ")
-	}
-	return shape
-}
 
 // newRoot returns the whole command tree.
 func newRoot(t *tool) *cobra.Command {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/seed-caa81108/assay/pkg/daemon"
+
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -215,12 +217,12 @@ func TestErrorsOfTheServerKeepReasonAndRequestID(t *testing.T) {
 				t.Errorf("%v: exit %d, %q, want %d, %q", verb, got.code, got.stderr, c.code, want)
 			}
 		}
-		var doc struct{ Error errorShape }
+		var doc struct{ Error daemon.Failure }
 		got := assay(t, vars, "status", "-o", "json")
 		if err := json.Unmarshal([]byte(got.stderr), &doc); err != nil {
 			t.Fatal(err)
 		}
-		want := errorShape{Code: fault.KindOf(c.err).Error(), Reason: fault.ReasonOf(c.err), Message: fault.SafeText(c.err), RequestID: "REQ7"}
+		want := daemon.Failure{Code: fault.KindOf(c.err).Error(), Reason: fault.ReasonOf(c.err), Message: fault.SafeText(c.err), RequestID: "REQ7"}
 		if doc.Error != want {
 			t.Errorf("got %+v, want %+v", doc.Error, want)
 		}
@@ -229,7 +231,7 @@ func TestErrorsOfTheServerKeepReasonAndRequestID(t *testing.T) {
 
 func TestUsageErrorIsJSONToo(t *testing.T) {
 	got := assay(t, nil, "entry", "show", "-o", "json")
-	var doc struct{ Error errorShape }
+	var doc struct{ Error daemon.Failure }
 	if err := json.Unmarshal([]byte(got.stderr), &doc); err != nil || doc.Error.Reason != "usage" || got.code != exitUsage {
 		t.Errorf("exit %d, %q", got.code, got.stdout)
 	}

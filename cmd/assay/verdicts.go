@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/seed-caa81108/assay/pkg/daemon"
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
@@ -20,8 +21,8 @@ type verdicts struct {
 
 // verdict is of one ID. Error is null where it was done.
 type verdict struct {
-	ID    string      `json:"id"`
-	Error *errorShape `json:"error"`
+	ID    string          `json:"id"`
+	Error *daemon.Failure `json:"error"`
 }
 
 func newVerdicts() *verdicts {
@@ -32,7 +33,7 @@ func newVerdicts() *verdicts {
 func (v *verdicts) add(id, done string, err error) {
 	result := verdict{ID: id}
 	if err != nil {
-		shape := describe(err)
+		shape := daemon.Describe(err)
 		result.Error, done = &shape, shape.Reason+": "+shape.Message
 		if v.failed++; v.first == nil {
 			v.first = err

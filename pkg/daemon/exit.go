@@ -109,29 +109,38 @@ func ExitCode(err error) int {
 	return exitDefect
 }
 
-// failure is what Fail tells.
-type failure struct {
+// Failure is an error as people and scripts are told of it: Code is the kind
+// ("not_found"), Reason the stable code to match on, Message one line for
+// people, RequestID what to look for in the log of the daemon that answered;
+// it is empty when none did.
+type Failure struct {
 	Code      string `json:"code"`
 	Reason    string `json:"reason"`
 	Message   string `json:"message"`
 	RequestID string `json:"request_id"`
 }
 
+// Describe tells err with its cause: for whoever runs the program, not for a
+// peer.
+func Describe(err error) Failure {
+	return Failure{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: oneLine(story(err)), RequestID: fault.RequestIDOf(err)}
+}
+
 // Fail writes err to w in one line, `error: <reason>: <text>`, or with format
-// json as {"error":{...}}, and returns the exit code. The cause is told too: w
-// is the standard error of whoever runs the program, not a peer.
+// json as {"error":{...}}, and returns the exit code. w is
+// the standard error of whoever runs the program.
 func Fail(w io.Writer, format string, err error) int {
 	if err == nil {
 		return exitOK
 	}
-	f := failure{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err), Message: oneLine(story(err)), RequestID: fault.RequestIDOf(err)}
+	f := Describe(err)
 	line := "error: " + f.Reason + ": " + f.Message
 	if f.RequestID != "" {
 		line += " (request_id=" + f.RequestID + ")"
 	}
 	if format == "json" {
 		if doc, jerr := json.Marshal(struct {
-			Error failure `json:"error"`
+			Error Failure `json:"error"`
 		}{f}); jerr == nil {
 			line = string(doc)
 		}
