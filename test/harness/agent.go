@@ -31,7 +31,7 @@ type Token struct {
 
 // NewAgent names an agent; the name is its directory in the site.
 func (s *Site) NewAgent(name string) *Agent {
-	return &Agent{site: s, name: name, Ops: FreePort(s.tb), ServerPort: s.Port}
+	return &Agent{site: s, name: name, Ops: s.freePort(), ServerPort: s.Port}
 }
 
 // Socket is the path of the agent's Workload API.

@@ -3,7 +3,6 @@ package harness
 import (
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -122,15 +121,4 @@ func (p *Process) WaitReady(port int) {
 		}
 		return err
 	})
-}
-
-// FreePort returns a TCP port of the loopback that nobody listens on.
-func FreePort(tb TB) int {
-	tb.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatalf("find a port: %v", err)
-	}
-	defer func() { _ = lis.Close() }()
-	return lis.Addr().(*net.TCPAddr).Port
 }

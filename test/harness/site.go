@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,8 +28,9 @@ type Site struct {
 	Port, Ops int
 	Server    *Process
 
-	tb  TB
-	dir string
+	tb    TB
+	dir   string
+	ports map[int]bool // given away
 }
 
 // NewSite makes an empty site with the binaries in bins. Its directory has a
@@ -38,7 +41,8 @@ func NewSite(tb TB, bins, more string) *Site {
 	if err != nil {
 		tb.Fatalf("make a directory: %v", err)
 	}
-	s := &Site{Bins: bins, More: more, Port: FreePort(tb), Ops: FreePort(tb), tb: tb, dir: dir}
+	s := &Site{Bins: bins, More: more, tb: tb, dir: dir, ports: map[int]bool{}}
+	s.Port, s.Ops = s.freePort(), s.freePort()
 	tb.Cleanup(func() {
 		if tb.Failed() {
 			s.dumpLogs()
@@ -46,6 +50,27 @@ func NewSite(tb TB, bins, more string) *Site {
 		_ = os.RemoveAll(dir)
 	})
 	return s
+}
+
+// freePort returns a TCP port of the loopback that nobody listens on and that
+// was not returned before. It lies below the ports that the kernel gives to
+// outgoing connections, so that it is still free when its owner restarts.
+func (s *Site) freePort() int {
+	s.tb.Helper()
+	for range 100 {
+		port := 10000 + rand.IntN(20000)
+		lis, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			continue
+		}
+		_ = lis.Close()
+		if !s.ports[port] {
+			s.ports[port] = true
+			return port
+		}
+	}
+	s.tb.Fatalf("found no free port")
+	return 0
 }
 
 func (s *Site) dumpLogs() {
