@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 
 func main() {
 	bins := flag.String("bin", "bin", "directory of the three binaries")
+	only := flag.String("only", "", "measure just the part of this name")
 	out := flag.String("o", "", "also write the table to this Markdown file")
 	limit := flag.String("limit-server", "", "internal: serve the empty Workload API on this socket")
 	impostor := flag.String("impostor", "", "internal: connect descriptor 3 to this socket, then become another program")
@@ -32,7 +34,7 @@ func main() {
 	default:
 		var dir string
 		if dir, err = filepath.Abs(*bins); err == nil {
-			err = run(dir, *out)
+			err = run(dir, *only, *out)
 		}
 	}
 	if err != nil {
@@ -82,7 +84,35 @@ func (b *bench) add(what, got, limit, ratio, goal string) {
 	b.Logf("%-55s %s %s", what, got, ratio)
 }
 
-func run(bins, out string) (err error) {
+// part measures some rows at a site whose server runs.
+type part struct {
+	name    string
+	measure func(*bench, *harness.Site)
+}
+
+func parts() []part {
+	return []part{
+		{"sizes", func(b *bench, _ *harness.Site) { b.sizes() }},
+		{"start", func(b *bench, _ *harness.Site) { b.coldStart() }},
+		{"signing", (*bench).signing},
+		{"workload", (*bench).oneAgent},
+		{"streams", (*bench).streams},
+		{"node", (*bench).node},
+	}
+}
+
+// oneAgent measures what a single agent with few entries does.
+func (b *bench) oneAgent(s *harness.Site) {
+	a := s.NewAgent("agent")
+	a.Start(a.Join())
+	b.idle(s, a)
+	b.propagation(s, a)
+	b.fetching(s, a)
+	b.connectThenExec(a)
+	a.Stop(syscall.SIGTERM)
+}
+
+func run(bins, only, out string) (err error) {
 	b := &bench{bins: bins}
 	defer func() {
 		switch p := recover().(type) {
@@ -96,17 +126,13 @@ func run(bins, out string) (err error) {
 			f()
 		}
 	}()
-	b.sizes()
-	b.coldStart()
 	s := harness.NewSite(b, b.bins, "")
 	s.StartServer()
-	b.signing(s)
-	a := s.NewAgent("agent")
-	a.Start(a.Join())
-	b.idle(s, a)
-	b.propagation(s, a)
-	b.fetching(s, a)
-	b.connectThenExec(a)
+	for _, p := range parts() {
+		if only == "" || only == p.name {
+			p.measure(b, s)
+		}
+	}
 	table := b.table()
 	fmt.Print(table)
 	if out != "" {

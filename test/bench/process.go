@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -70,6 +72,21 @@ func (b *bench) untilFetched(a *harness.Agent, token harness.Token) time.Duratio
 	c := b.workload(a.Endpoint())
 	a.Eventually(20*time.Second, "SVID", c.fetch)
 	return time.Since(begin)
+}
+
+// metric reads a metric without labels from a daemon.
+func metric(port int, name string) (float64, error) {
+	resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/metrics", port))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if value, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
+			return strconv.ParseFloat(value, 64)
+		}
+	}
+	return 0, fmt.Errorf("no metric %s", name)
 }
 
 func rss(pid int) int64 {

@@ -171,13 +171,8 @@ func (b *bench) admin(s *harness.Site) *adminClient {
 }
 
 func (c *adminClient) create(parent, id string) string {
-	parentID, err := spiffeid.FromString(parent)
-	c.b.must(err)
-	workloadID, err := spiffeid.FromString(id)
-	c.b.must(err)
 	resp, err := c.entries.BatchCreateEntry(context.Background(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{{
-		ParentId:  &types.SPIFFEID{TrustDomain: parentID.TrustDomain().Name(), Path: parentID.Path()},
-		SpiffeId:  &types.SPIFFEID{TrustDomain: workloadID.TrustDomain().Name(), Path: workloadID.Path()},
+		ParentId: protoID(c.b, parent), SpiffeId: protoID(c.b, id),
 		Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", os.Getuid())}},
 	}}})
 	c.b.must(err)
@@ -186,6 +181,12 @@ func (c *adminClient) create(parent, id string) string {
 		c.b.Fatalf("create entry: %s", result.GetStatus().GetMessage())
 	}
 	return result.GetEntry().GetId()
+}
+
+func protoID(b *bench, text string) *types.SPIFFEID {
+	id, err := spiffeid.FromString(text)
+	b.must(err)
+	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
 }
 
 func (c *adminClient) remove(id string) {

@@ -4,10 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -31,9 +29,14 @@ func (b *bench) workload(endpoint string) *workloadClient {
 	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	b.must(err)
 	b.Cleanup(func() { _ = conn.Close() })
+	return clientOn(context.Background(), conn)
+}
+
+// clientOn uses a connection that its caller closes.
+func clientOn(ctx context.Context, conn *grpc.ClientConn) *workloadClient {
 	return &workloadClient{
 		api: workload.NewSpiffeWorkloadAPIClient(conn),
-		ctx: metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true"),
+		ctx: metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"),
 	}
 }
 
@@ -155,17 +158,12 @@ func (b *bench) fetching(s *harness.Site, a *harness.Agent) {
 	admin.create(a.ID, "spiffe://example.org/fetch")
 	c := b.workload(a.Endpoint())
 	a.Eventually(10*time.Second, "SVID", c.fetch)
-	socket := s.File("limit.sock")
-	limit, err := os.StartProcess("/proc/self/exe", []string{"bench", "-limit-server", socket}, &os.ProcAttr{Files: []*os.File{nil, os.Stderr, os.Stderr}})
-	b.must(err)
-	b.Cleanup(func() { _ = limit.Signal(syscall.SIGTERM); _, _ = limit.Wait() })
+	socket, limit, stop := b.limitServer(s)
+	defer stop()
 	l := b.workload("unix://" + socket)
-	for l.fetch() != nil {
-		time.Sleep(10 * time.Millisecond) // until the child listens
-	}
 	goals := map[int][2]string{1: {">= 4.5 k/s", "<= 0.14 ms"}, 64: {">= 23.6 k/s", "<= 0.06 ms"}}
 	for _, clients := range []int{1, 64} {
-		lr, lc := b.rate(l, clients, limit.Pid)
+		lr, lc := b.rate(l, clients, limit)
 		r, c := b.rate(c, clients, a.PID())
 		b.add(fmt.Sprintf("FetchX509SVID, %d clients on one connection", clients), fmt.Sprintf("%.0f/s", r), fmt.Sprintf("%.0f/s", lr),
 			fmt.Sprintf("%.0f %%", 100*r/lr), goals[clients][0]+" there")
