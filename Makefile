@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench generate generate-check lint fmt long fuzz clean
+.PHONY: build demo test check bench generate generate-check zlint lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -32,7 +32,7 @@ long: need-gcc ## the suites that take longer: endurance, kill points, PID reuse
 	@# the harness proves nothing.
 	$(if $(ROOT),$(RACE) -tags 'root nopidfd' -count=1 -run Reused ./agent/attest)
 
-check: generate-check lint ## everything that must hold before a commit
+check: generate-check lint zlint ## everything that must hold before a commit
 	$(GO) vet ./...
 	$(GO) vet -tags 'e2e long root' ./...
 	$(MAKE) test
@@ -53,6 +53,11 @@ generate-check: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
 	@for f in $$(cd $(OUT)/_generated/proto && find . -name '*.go'); do \
 		cmp -s "$(OUT)/_generated/proto/$$f" "proto/$$f" || { echo "proto/$$f is stale: run make generate" >&2; exit 1; }; done
 
+zlint: build $(TOOLS)/zlint ## every kind of certificate that is made, by RFC 5280
+	rm -rf $(OUT)/certificates
+	$(GO) run ./test/certificates -bin $(BIN) -o $(OUT)/certificates
+	$(TOOLS)/zlint $(OUT)/certificates
+
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff
 	$(TOOLS)/golangci-lint run --build-tags 'e2e long root' ./...
@@ -72,6 +77,8 @@ $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc &: test/tools/gen/go.mod
 	cd test/tools/gen && $(GO) build -o $(abspath $(TOOLS))/ tool
 $(TOOLS)/golangci-lint: test/tools/lint/go.mod
 	cd test/tools/lint && $(GO) build -o $(abspath $(TOOLS))/ tool
+$(TOOLS)/zlint: test/tools/zlint/go.mod $(wildcard test/tools/zlint/*.go)
+	cd test/tools/zlint && $(GO) vet . && $(GO) build -o $(abspath $(TOOLS))/ .
 
 .PHONY: need-gcc
 need-gcc:

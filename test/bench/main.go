@@ -48,36 +48,14 @@ type row struct {
 	what, got, limit, ratio, goal string
 }
 
-// bench collects rows; it is the harness's TB.
+// bench collects rows.
 type bench struct {
-	bins     string
-	rows     []row
-	cleanups []func()
-	failed   bool
+	harness.Program
+	bins string
+	rows []row
 }
 
-type failure string
-
-func (b *bench) Helper()                      {}
-func (b *bench) Logf(format string, a ...any) { fmt.Fprintf(os.Stderr, format+"\n", a...) }
-func (b *bench) Failed() bool                 { return b.failed }
-func (b *bench) Cleanup(f func())             { b.cleanups = append(b.cleanups, f) }
-
-func (b *bench) Errorf(format string, a ...any) {
-	b.failed = true
-	b.Logf(format, a...)
-}
-
-func (b *bench) Fatalf(format string, a ...any) {
-	b.failed = true
-	panic(failure(fmt.Sprintf(format, a...)))
-}
-
-func (b *bench) must(err error) {
-	if err != nil {
-		b.Fatalf("%v", err)
-	}
-}
+func (b *bench) must(err error) { b.Must(err) }
 
 func (b *bench) add(what, got, limit, ratio, goal string) {
 	b.rows = append(b.rows, row{what, got, limit, ratio, goal})
@@ -112,26 +90,19 @@ func (b *bench) oneAgent(s *harness.Site) {
 	a.Stop(syscall.SIGTERM)
 }
 
-func run(bins, only, out string) (err error) {
+func run(bins, only, out string) error {
 	b := &bench{bins: bins}
-	defer func() {
-		switch p := recover().(type) {
-		case nil:
-		case failure:
-			err = fmt.Errorf("%s", string(p))
-		default:
-			panic(p)
+	err := b.Run(func() {
+		s := harness.NewSite(b, b.bins, "")
+		s.StartServer()
+		for _, p := range parts() {
+			if only == "" || only == p.name {
+				p.measure(b, s)
+			}
 		}
-		for _, f := range slices.Backward(b.cleanups) {
-			f()
-		}
-	}()
-	s := harness.NewSite(b, b.bins, "")
-	s.StartServer()
-	for _, p := range parts() {
-		if only == "" || only == p.name {
-			p.measure(b, s)
-		}
+	})
+	if err != nil {
+		return err
 	}
 	table := b.table()
 	fmt.Print(table)
