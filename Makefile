@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench generate generate-check zlint lint fmt long fuzz clean
+.PHONY: build demo test check bench generate generate-check released zlint lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -44,12 +44,19 @@ generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Go 
 	PATH="$(abspath $(TOOLS)):$$PATH" buf format -w
 	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml
 
+# What the last release speaks. Agents, servers and tools of different releases
+# meet on the wire, so generate-check holds the .proto files to it.
+RELEASED := proto/released.binpb
+released: $(TOOLS)/buf ## take the .proto files as released: part of a release, see CONTRIBUTING.md
+	PATH="$(abspath $(TOOLS)):$$PATH" buf build --exclude-source-info -o $(RELEASED)
+
 # Works on a dirty tree: it compares what it generates with what lies there.
 generate-check: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
 	PATH="$(abspath $(TOOLS)):$$PATH" buf lint
 	PATH="$(abspath $(TOOLS)):$$PATH" buf format -d --exit-code
 	rm -rf $(OUT)/_generated && mkdir -p $(OUT)/_generated
 	PATH="$(abspath $(TOOLS)):$$PATH" buf generate --template proto/buf.gen.yaml -o $(OUT)/_generated
+	PATH="$(abspath $(TOOLS)):$$PATH" buf breaking --against $(RELEASED)
 	@for f in $$(cd $(OUT)/_generated/proto && find . -name '*.go'); do \
 		cmp -s "$(OUT)/_generated/proto/$$f" "proto/$$f" || { echo "proto/$$f is stale: run make generate" >&2; exit 1; }; done
 
