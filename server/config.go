@@ -67,6 +67,13 @@ type AdminConfig struct {
 	// UIDs are users who may operate the server besides root and the server's
 	// own user; they need Group to reach the socket. Default none.
 	UIDs []uint32 `yaml:"uids"`
+	// RemoteIDs are the SPIFFE IDs of operators over the network, such as
+	// spiffe://example.org/ops/ci: whoever has an X.509-SVID for exactly one
+	// of them may read, and write entries, through Listen. All else stays with
+	// the socket: tokens, bans, and entries for these IDs or below the
+	// server's own, so that nobody becomes an operator by an operator's hand.
+	// An ID that is taken out is cut off by a restart. Default none.
+	RemoteIDs []string `yaml:"remote_spiffe_ids"`
 }
 
 // StoreConfig is the `store` part of Config.

@@ -33,7 +33,7 @@ trust_domain: example.org
 bootstrap: 2026-11-23
 seal_key_file: /run/secrets/seal.key
 listen: 127.0.0.1:0
-admin: {socket: /run/x/admin.sock, group: root, uids: [1000, 1001]}
+admin: {socket: /run/x/admin.sock, group: root, uids: [1000, 1001], remote_spiffe_ids: [spiffe://example.org/ops/ci]}
 store: {driver: bbolt}
 ca: {x509_svid_ttl: 30m, max_x509_svid_ttl: 1h, root_ttl: 8760h, issuer_ttl: 24h, backdate: 1m}
 attestation: {join_token: {max_ttl: 10m}, rejoin_window: 0s, agent_svid_ttl: 6h}
@@ -56,7 +56,7 @@ reserved_prefix: spire
 		t.Fatal(err)
 	}
 	if c.Bootstrap != "2026-11-23" || *c.Attestation.RejoinWindow != 0 || c.CA.Backdate != time.Minute || c.Admin.UIDs[1] != 1001 ||
-		c.Limits.SignBatch != 50 || c.prefix() != "/spire/" {
+		c.Limits.SignBatch != 50 || c.prefix() != "/spire/" || c.Admin.remoteIDs()[0].Path() != "/ops/ci" {
 		t.Errorf("read as %+v", c)
 	}
 	gid, err := c.Admin.gid()
@@ -86,6 +86,7 @@ func TestConfigThatCannotBeHonouredIsRefusedWithAWayOut(t *testing.T) {
 		"seal key":                  {func(c *Config) { c.SealKeyFile = "seal.key" }, "seal_key_file: /"},
 		"socket":                    {func(c *Config) { c.Admin.Socket = "admin.sock" }, "admin.socket: /"},
 		"group":                     {func(c *Config) { c.Admin.Group = "no-such-group-here" }, "admin.group"},
+		"remote operator":           {func(c *Config) { c.Admin.RemoteIDs = []string{"ci"} }, "spiffe://example.org/ops/ci"},
 		"driver":                    {func(c *Config) { c.Store.Driver = "sqlite" }, "store.driver: bbolt"},
 		"listen":                    {func(c *Config) { c.Listen = "8443" }, "listen: :8443"},
 		"port":                      {func(c *Config) { c.Listen = ":84430" }, "listen: :8443"},

@@ -12,21 +12,17 @@ import (
 	"github.com/seed-caa81108/assay/server/api"
 )
 
-// connLimits bounds the connections of the agents' listener: per agent once a
-// certificate was seen that isAgent admits, per address before and without one.
-// A replaced certificate of an agent, or that of a banned one, counts as none:
-// who stole it could otherwise take all the places of the agent. It wraps the
-// transport credentials, because only they know both.
+// connLimits bounds the connections of the agents' listener: per agent or
+// operator once a certificate was seen that isAgent or isOperator admits, per
+// address before and without one. A replaced certificate of an agent, or that
+// of a banned one, counts as none: who stole it could otherwise take all the
+// places of the agent. It wraps the transport credentials, because only they
+// know both. Operators are handed over to a server of their own.
 type connLimits struct {
 	credentials.TransportCredentials
-	isAgent rpc.Rule
-	counts  *connCounts
-}
-
-func limitConns(creds credentials.TransportCredentials, isAgent rpc.Rule, perAgent, perAddress int) credentials.TransportCredentials {
-	return &connLimits{TransportCredentials: creds, isAgent: isAgent, counts: &connCounts{
-		perAgent: perAgent, perAddress: perAddress, agents: map[string]int{}, addresses: map[string]int{},
-	}}
+	isAgent, isOperator rpc.Rule
+	operators           *handover
+	counts              *connCounts
 }
 
 // ServerHandshake implements credentials.TransportCredentials.
@@ -41,21 +37,39 @@ func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		l.counts.leave(host)
 		return nil, nil, err
 	}
-	agent := ""
-	if c, ok := info.(interface{ Caller() rpc.Caller }); ok && l.isAgent(c.Caller()) == nil {
-		agent = c.Caller().ID.String()
-		if !l.counts.become(host, agent) {
-			_ = conn.Close()
-			return nil, nil, errors.New("too many connections of " + agent)
-		}
+	peer, limit := l.known(info)
+	if limit == 0 {
+		return &countedConn{Conn: conn, release: sync.OnceFunc(func() { l.counts.leave(host) })}, info, nil
 	}
-	return &countedConn{Conn: conn, release: sync.OnceFunc(func() {
-		if agent != "" {
-			l.counts.leaveAgent(agent)
-		} else {
-			l.counts.leave(host)
-		}
-	})}, info, nil
+	if !l.counts.become(host, peer.ID.String(), limit) {
+		_ = conn.Close()
+		return nil, nil, errors.New("too many connections of " + peer.ID.String())
+	}
+	counted := &countedConn{Conn: conn, release: sync.OnceFunc(func() { l.counts.leaveKnown(peer.ID.String()) })}
+	tlsInfo, ok := info.(*rpc.TLSInfo)
+	if !ok || l.isOperator(peer) != nil {
+		return counted, info, nil
+	}
+	if !l.operators.give(&operatorConn{Conn: counted, info: operatorInfo{tlsInfo}}) {
+		_ = counted.Close()
+		return nil, nil, errors.New("stopping")
+	}
+	return nil, nil, credentials.ErrConnDispatched
+}
+
+// known returns who a peer is that has places of its own, and how many.
+func (l *connLimits) known(info credentials.AuthInfo) (rpc.Caller, int) {
+	c, ok := info.(interface{ Caller() rpc.Caller })
+	if !ok {
+		return rpc.Caller{}, 0
+	}
+	switch peer := c.Caller(); {
+	case l.isAgent(peer) == nil:
+		return peer, l.counts.perAgent
+	case l.isOperator(peer) == nil:
+		return peer, maxOperatorConns
+	}
+	return rpc.Caller{}, 0
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
@@ -65,7 +79,9 @@ func (*connLimits) ClientHandshake(context.Context, string, net.Conn) (net.Conn,
 
 // Clone implements credentials.TransportCredentials; the counts stay shared.
 func (l *connLimits) Clone() credentials.TransportCredentials {
-	return &connLimits{TransportCredentials: l.TransportCredentials.Clone(), isAgent: l.isAgent, counts: l.counts}
+	clone := *l
+	clone.TransportCredentials = l.TransportCredentials.Clone()
+	return &clone
 }
 
 // countedConn gives its place back when it is closed.
@@ -84,8 +100,12 @@ type connCounts struct {
 	perAgent, perAddress int
 
 	mu        sync.Mutex
-	agents    map[string]int
+	known     map[string]int // by SPIFFE ID
 	addresses map[string]int
+}
+
+func newConnCounts(perAgent, perAddress int) *connCounts {
+	return &connCounts{perAgent: perAgent, perAddress: perAddress, known: map[string]int{}, addresses: map[string]int{}}
 }
 
 func (c *connCounts) enter(host string) bool {
@@ -104,22 +124,22 @@ func (c *connCounts) leave(host string) {
 	drop(c.addresses, host)
 }
 
-// become moves a connection from its address to its agent.
-func (c *connCounts) become(host, agent string) bool {
+// become moves a connection from its address to who it is of.
+func (c *connCounts) become(host, id string, limit int) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	drop(c.addresses, host)
-	if c.agents[agent] >= c.perAgent {
+	if c.known[id] >= limit {
 		return false
 	}
-	c.agents[agent]++
+	c.known[id]++
 	return true
 }
 
-func (c *connCounts) leaveAgent(agent string) {
+func (c *connCounts) leaveKnown(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	drop(c.agents, agent)
+	drop(c.known, id)
 }
 
 func drop(counts map[string]int, key string) {

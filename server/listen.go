@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -28,6 +29,7 @@ import (
 	"github.com/seed-caa81108/assay/server/api"
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/registry"
 )
 
 const (
@@ -46,24 +48,27 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 		return err
 	}
 	agentService := s.agentService(r)
-	agents, admin, err := s.grpcServers(r, own, agentService)
+	door := newHandover(r.port.Addr())
+	servers, err := s.grpcServers(r, own, agentService, door)
 	if err != nil {
 		return err
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return served(gctx, agents.Serve(r.port)) })
-	g.Go(func() error { return s.serveAdmin(gctx, admin, r.socket) })
+	g.Go(func() error { return served(gctx, servers.agents.Serve(r.port)) })
+	g.Go(func() error { return served(gctx, servers.remote.Serve(door)) })
+	g.Go(func() error { return s.serveAdmin(gctx, servers.admin, r.socket) })
 	g.Go(func() error { return own.keepFresh(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		s.setStopping()
 		agentService.Stop()
-		drain(agents, admin)
+		drain(servers.agents, servers.remote, servers.admin)
 		return errStopped
 	})
 	s.setServing(r.port.Addr(), func() error { return health(r, own) })
 	s.deps.Log.LogAttrs(ctx, slog.LevelInfo, "server is ready", slog.String("trust_domain", s.cfg.TrustDomain),
-		slog.String("listen", r.port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket))
+		slog.String("listen", r.port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket),
+		slog.Int("remote_operators", len(s.cfg.Admin.RemoteIDs)))
 	return g.Wait()
 }
 
@@ -79,44 +84,71 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 	})
 }
 
-// grpcServers builds both servers; every method that they have is in a table.
-func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService) (agents, admin *grpc.Server, err error) {
+// servers are the gRPC servers of an Assay server.
+type servers struct{ agents, remote, admin *grpc.Server }
+
+// grpcServers builds them; every method that they have is in a table.
+func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService, door *handover) (servers, error) {
 	gid, err := s.cfg.Admin.gid()
 	if err != nil {
-		return nil, nil, err
+		return servers{}, err
 	}
 	td := s.cfg.trustDomain()
-	agents = rpc.NewServer(rpc.ServerConfig{
-		Name: "agents", Methods: api.AgentMethods(s.cfg.prefix(), r.registry, r.refusals.Report),
-		Creds: limitConns(rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)), api.AgentRule(s.cfg.prefix(), r.registry),
-			s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
-		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
-		Options: []grpc.ServerOption{
-			grpc.KeepaliveParams(keepalive.ServerParameters{
-				MaxConnectionIdle: 5 * time.Minute,
-				// A connection that agents keep using is replaced now and then,
-				// without ending the streams on it.
-				MaxConnectionAge: 30 * time.Minute,
-				Time:             time.Minute, Timeout: 20 * time.Second,
-			}),
-			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}),
+	// An agent, or an operator who is not listed, that calls what is for
+	// operators hears why it may not.
+	methods := api.AgentMethods(s.cfg.prefix(), r.registry, r.refusals.Report)
+	maps.Copy(methods, api.RemoteMethods(s.cfg.Admin.remoteIDs(), r.refusals.Report))
+	agents := rpc.NewServer(rpc.ServerConfig{
+		Name: "agents", Methods: methods,
+		Creds: &connLimits{
+			TransportCredentials: rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)),
+			isAgent:              api.AgentRule(s.cfg.prefix(), r.registry),
+			isOperator:           api.RemoteOperatorRule(s.cfg.Admin.remoteIDs()),
+			operators:            door,
+			counts:               newConnCounts(s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
 		},
+		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
+		Options: keepalives(),
 	})
 	agentv1.RegisterAgentServer(agents, agentService)
-
+	remote, err := s.remoteServer(r)
+	if err != nil {
+		return servers{}, err
+	}
 	operators := api.Operators{UIDs: append([]uint32{uint32(os.Geteuid())}, s.cfg.Admin.UIDs...), GID: gid}
-	admin = rpc.NewServer(rpc.ServerConfig{
+	admin := rpc.NewServer(rpc.ServerConfig{
 		Name: "admin", Methods: api.AdminMethods(operators, r.refusals.Report), Creds: rpc.LocalCreds(),
 		MaxRecvBytes: maxAdminMessage, Log: s.deps.Log, Metrics: s.metrics.rpc,
 	})
-	entryv1.RegisterEntryServer(admin, api.NewEntryService(td, r.registry, r.audit))
-	spireagentv1.RegisterAgentServer(admin, api.NewAgentAdmin(td, r.registry, r.audit, s.cfg.Attestation.JoinToken.MaxTTL))
-	bundlev1.RegisterBundleServer(admin, api.NewBundleService(r.authority))
-	adminv1.RegisterAdminServer(admin, api.NewAdminService(api.AdminServiceConfig{
+	s.registerOperators(admin, r)
+	return servers{agents: agents, remote: remote, admin: admin}, nil
+}
+
+// keepalives are for connections over the network.
+func keepalives() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: 5 * time.Minute,
+			// A connection that agents keep using is replaced now and then,
+			// without ending the streams on it.
+			MaxConnectionAge: 30 * time.Minute,
+			Time:             time.Minute, Timeout: 20 * time.Second,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}),
+	}
+}
+
+// registerOperators puts the operators' services on a server; its method table
+// says which of them its callers may call.
+func (s *Server) registerOperators(srv *grpc.Server, r *rooms, guards ...registry.Guard) {
+	td := s.cfg.trustDomain()
+	entryv1.RegisterEntryServer(srv, api.NewEntryService(td, r.registry, r.audit, guards...))
+	spireagentv1.RegisterAgentServer(srv, api.NewAgentAdmin(td, r.registry, r.audit, s.cfg.Attestation.JoinToken.MaxTTL))
+	bundlev1.RegisterBundleServer(srv, api.NewBundleService(r.authority))
+	adminv1.RegisterAdminServer(srv, api.NewAdminService(api.AdminServiceConfig{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
 	}))
-	reflection.Register(admin)
-	return agents, admin, nil
+	reflection.Register(srv)
 }
 
 // freshRoots gives each handshake the roots of the bundle as it is then. The

@@ -59,7 +59,7 @@ func TestEveryMethodHasARule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	agents, admin, err := h.server.grpcServers(h.rooms, own, h.server.agentService(h.rooms))
+	servers, err := h.server.grpcServers(h.rooms, own, h.server.agentService(h.rooms), newHandover(nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,8 +67,9 @@ func TestEveryMethodHasARule(t *testing.T) {
 		server  *grpc.Server
 		methods rpc.Methods
 	}{
-		"agents": {agents, api.AgentMethods("/assay/", h.rooms.registry, nil)},
-		"admin":  {admin, api.AdminMethods(api.Operators{}, nil)},
+		"agents":    {servers.agents, api.AgentMethods("/assay/", h.rooms.registry, nil)},
+		"operators": {servers.remote, api.RemoteMethods(nil, nil)},
+		"admin":     {servers.admin, api.AdminMethods(api.Operators{}, nil)},
 	} {
 		if missing := rpc.Uncovered(c.server, c.methods); len(missing) > 0 {
 			t.Errorf("%s: no rule for %v", name, missing)
@@ -81,25 +82,30 @@ func TestEveryMethodHasARule(t *testing.T) {
 			t.Errorf("%s: %d rules for %d methods", name, len(c.methods), served)
 		}
 	}
-	if _, ok := admin.GetServiceInfo()["grpc.reflection.v1alpha.ServerReflection"]; !ok {
+	if _, ok := servers.admin.GetServiceInfo()["grpc.reflection.v1alpha.ServerReflection"]; !ok {
 		t.Error("reflection v1alpha is not served")
 	}
 }
 
-// NEG-24: other writings of a path are other methods, and the admin methods
-// are not on the agents' port.
+// NEG-24: other writings of a path are other methods, and the operators'
+// methods are not the agents'.
 func TestOtherPathFormsAreUnknown(t *testing.T) {
 	h := start(t)
 	a := h.newAgent()
 	conn := h.connect(a.leaf)
 	for _, path := range []string{
 		"//assay.agent.v1.Agent/Bundle", "/assay.agent.v1.agent/bundle", "/assay.agent.v1.Agent/Bundle/", "/assay.agent.v1.Agent%2FBundle",
-		"/assay.agent.v1.Agent//Bundle", "/assay.agent.v1.Agent", "/", "/assay.admin.v1.Admin/Status",
-		"/spire.api.server.entry.v1.Entry/ListEntries", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+		"/assay.agent.v1.Agent//Bundle", "/assay.agent.v1.Agent", "/", "/assay.admin.v1.Admin/status", "/spire.api.server.entry.v1.Entry//ListEntries",
 	} {
 		if err := conn.Invoke(t.Context(), path, &agentv1.BundleRequest{}, &agentv1.BundleResponse{}); status.Code(err) != codes.Unimplemented {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+	for _, path := range []string{
+		"/assay.admin.v1.Admin/Status", "/spire.api.server.entry.v1.Entry/ListEntries", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+	} {
+		err := conn.Invoke(t.Context(), path, &agentv1.BundleRequest{}, &agentv1.BundleResponse{})
+		wantReason(t, path, err, fault.Denied, "operator_not_allowed")
 	}
 	if err := conn.Invoke(t.Context(), "/assay.agent.v1.Agent/Bundle", &agentv1.BundleRequest{}, &agentv1.BundleResponse{}); err != nil {
 		t.Errorf("the path itself: %v", err)

@@ -47,6 +47,7 @@ func (c Config) Validate() (Config, error) {
 	for _, check := range []func() error{
 		c.checkIdentity, c.checkPlaces, c.checkChoices, c.checkLimits,
 		func() error { _, err := c.Admin.gid(); return err },
+		c.checkRemoteOperators,
 		c.checkLives,
 	} {
 		if err := check(); err != nil {
@@ -105,6 +106,19 @@ func (c Config) checkIdentity() error {
 	if c.Bootstrap != "" {
 		if _, err := time.Parse(time.DateOnly, c.Bootstrap); err != nil {
 			return badConfig("bootstrap is not a date: set bootstrap: %s for a new trust domain begun today, or leave it out", time.Now().UTC().Format(time.DateOnly))
+		}
+	}
+	return nil
+}
+
+func (c Config) checkRemoteOperators() error {
+	for _, text := range c.Admin.RemoteIDs {
+		id, err := name.ParseID(text)
+		switch {
+		case err != nil || id.Path() == "" || id.TrustDomain() != c.trustDomain():
+			return badConfig("admin.remote_spiffe_ids has an item that is not the SPIFFE ID of a workload of this trust domain: write them as spiffe://%s/ops/ci", c.TrustDomain)
+		case strings.HasPrefix(id.Path(), c.prefix()):
+			return badConfig("admin.remote_spiffe_ids has an ID below %s, which is for the server and its agents: give operators IDs of their own, such as spiffe://%s/ops/ci", c.prefix(), c.TrustDomain)
 		}
 	}
 	return nil
@@ -220,6 +234,15 @@ func (a AdminConfig) gid() (*uint32, error) {
 	}
 	gid := uint32(n)
 	return &gid, nil
+}
+
+// remoteIDs are RemoteIDs of a validated configuration.
+func (a AdminConfig) remoteIDs() []spiffeid.ID {
+	ids := make([]spiffeid.ID, len(a.RemoteIDs))
+	for i, text := range a.RemoteIDs {
+		ids[i] = spiffeid.RequireFromString(text)
+	}
+	return ids
 }
 
 // trustDomain and prefix are for a validated configuration.

@@ -37,6 +37,9 @@ type Caller struct {
 	Serial   string
 	NotAfter time.Time
 	State    CertState
+	// Operator says that the listener took the certificate for a remote
+	// operator's. It is a word for logs: rules look at ID.
+	Operator bool
 
 	// Addr is the remote address, or "unix".
 	Addr string

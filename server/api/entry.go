@@ -20,11 +20,13 @@ type EntryService struct {
 	td      spiffeid.TrustDomain
 	entries *registry.Registry
 	audit   Auditor
+	guards  []registry.Guard // on every entry that is written
 }
 
-// NewEntryService returns the service.
-func NewEntryService(td spiffeid.TrustDomain, entries *registry.Registry, log Auditor) *EntryService {
-	return &EntryService{td: td, entries: entries, audit: log}
+// NewEntryService returns the service. The guards stand before each entry that
+// is made, and before what is changed or deleted as it was and as it would be.
+func NewEntryService(td spiffeid.TrustDomain, entries *registry.Registry, log Auditor, guards ...registry.Guard) *EntryService {
+	return &EntryService{td: td, entries: entries, audit: log, guards: guards}
 }
 
 // CountEntries implements entryv1.EntryServer.
@@ -97,7 +99,7 @@ func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		}
 		good, of = append(good, e), append(of, i)
 	}
-	for i, r := range s.entries.CreateEntries(ctx, good) {
+	for i, r := range s.entries.CreateEntries(ctx, good, s.guards...) {
 		results[of[i]] = r
 	}
 	resp := &entryv1.BatchCreateEntryResponse{Results: make([]*entryv1.BatchCreateEntryResponse_Result, len(results))}
@@ -152,7 +154,7 @@ func (s *EntryService) update(ctx context.Context, p *types.Entry, mask *types.E
 	if err != nil {
 		return registry.Entry{}, err
 	}
-	return s.entries.UpdateEntry(ctx, p.GetId(), change)
+	return s.entries.UpdateEntry(ctx, p.GetId(), change, s.guards...)
 }
 
 // BatchDeleteEntry implements entryv1.EntryServer.
@@ -166,7 +168,7 @@ func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 	}
 	resp := &entryv1.BatchDeleteEntryResponse{Results: make([]*entryv1.BatchDeleteEntryResponse_Result, len(req.GetIds()))}
 	log := s.batch(ctx, "entry.delete", len(resp.Results))
-	for i, err := range s.entries.DeleteEntries(ctx, req.GetIds()) {
+	for i, err := range s.entries.DeleteEntries(ctx, req.GetIds(), s.guards...) {
 		log.add(targets[i], hashes[i], err)
 		resp.Results[i] = &entryv1.BatchDeleteEntryResponse_Result{Status: itemStatus(err), Id: req.GetIds()[i]}
 	}

@@ -79,31 +79,37 @@ func AdminRule(ops Operators) rpc.Rule {
 // AdminMethods is the method table of the admin socket.
 func AdminMethods(ops Operators, refused Refused) rpc.Methods {
 	admin := reporting(AdminRule(ops), refused)
-	return rpc.Methods{
-		adminv1.Admin_Status_FullMethodName: admin,
+	return operatorMethods(admin, admin)
+}
 
-		entryv1.Entry_CountEntries_FullMethodName:     admin,
-		entryv1.Entry_ListEntries_FullMethodName:      admin,
-		entryv1.Entry_GetEntry_FullMethodName:         admin,
-		entryv1.Entry_BatchCreateEntry_FullMethodName: admin,
-		entryv1.Entry_BatchDeleteEntry_FullMethodName: admin,
-		entryv1.Entry_BatchUpdateEntry_FullMethodName: admin,
+// operatorMethods is the table of what operators may call: reads and writes of
+// entries wherever they are, all else on the server's host only (local).
+func operatorMethods(operator, local rpc.Rule) rpc.Methods {
+	return rpc.Methods{
+		adminv1.Admin_Status_FullMethodName: operator,
+
+		entryv1.Entry_CountEntries_FullMethodName:     operator,
+		entryv1.Entry_ListEntries_FullMethodName:      operator,
+		entryv1.Entry_GetEntry_FullMethodName:         operator,
+		entryv1.Entry_BatchCreateEntry_FullMethodName: operator,
+		entryv1.Entry_BatchDeleteEntry_FullMethodName: operator,
+		entryv1.Entry_BatchUpdateEntry_FullMethodName: operator,
 		// The agents' half: Assay's agents have a protocol of their own.
 		entryv1.Entry_GetAuthorizedEntries_FullMethodName:  rpc.NotImplemented,
 		entryv1.Entry_SyncAuthorizedEntries_FullMethodName: rpc.NotImplemented,
 
-		spireagentv1.Agent_CountAgents_FullMethodName:     admin,
-		spireagentv1.Agent_ListAgents_FullMethodName:      admin,
-		spireagentv1.Agent_GetAgent_FullMethodName:        admin,
-		spireagentv1.Agent_CreateJoinToken_FullMethodName: admin,
-		spireagentv1.Agent_DeleteAgent_FullMethodName:     admin,
-		spireagentv1.Agent_BanAgent_FullMethodName:        admin,
+		spireagentv1.Agent_CountAgents_FullMethodName:     operator,
+		spireagentv1.Agent_ListAgents_FullMethodName:      operator,
+		spireagentv1.Agent_GetAgent_FullMethodName:        operator,
+		spireagentv1.Agent_CreateJoinToken_FullMethodName: local,
+		spireagentv1.Agent_DeleteAgent_FullMethodName:     local,
+		spireagentv1.Agent_BanAgent_FullMethodName:        local,
 		// The agents' half.
 		spireagentv1.Agent_AttestAgent_FullMethodName: rpc.NotImplemented,
 		spireagentv1.Agent_RenewAgent_FullMethodName:  rpc.NotImplemented,
 		spireagentv1.Agent_PostStatus_FullMethodName:  rpc.NotImplemented,
 
-		bundlev1.Bundle_GetBundle_FullMethodName:    admin,
+		bundlev1.Bundle_GetBundle_FullMethodName:    operator,
 		bundlev1.Bundle_CountBundles_FullMethodName: rpc.NotImplemented,
 		// The bundle is a projection of the authority records (I3): nothing
 		// is appended to it or published into it from outside.
@@ -117,8 +123,8 @@ func AdminMethods(ops Operators, refused Refused) rpc.Methods {
 		bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName:    rpc.NotImplemented,
 		bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName: rpc.NotImplemented,
 
-		reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      admin,
-		reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: admin,
+		reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      operator,
+		reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: operator,
 	}
 }
 

@@ -26,6 +26,8 @@ func actor(c rpc.Caller) audit.Actor {
 		return audit.Actor{Kind: "operator", UID: &c.UID, GID: &c.GID, PID: c.PID, Exe: exeHint(c.PID)}
 	case c.State == rpc.CertNone:
 		return audit.Actor{Kind: "none"}
+	case c.Operator:
+		return audit.Actor{Kind: "operator", SPIFFEID: c.ID.String(), Serial: c.Serial}
 	}
 	return audit.Actor{Kind: "agent", SPIFFEID: c.ID.String(), Serial: c.Serial}
 }

@@ -11,10 +11,25 @@ import (
 	"github.com/seed-caa81108/assay/server/store"
 )
 
+// Guard says whether an entry may be written, beyond what holds for everybody.
+type Guard func(*Entry) error
+
+func pass(guards []Guard, entries ...*Entry) error {
+	for _, guard := range guards {
+		for _, e := range entries {
+			if err := guard(e); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // UpdateEntry applies change to the entry with this id and stores it; it may
 // be called more than once. Id, creation time and revision are not its to set.
-// When UpdateEntry returns without an error, the mirror has the new entry.
-func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entry)) (Entry, error) {
+// When UpdateEntry returns without an error, the mirror has the new entry. The
+// guards see the entry as it was and as it would be.
+func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entry), guards ...Guard) (Entry, error) {
 	for range conflictRetries {
 		old, stored, err := r.stored(ctx, id)
 		if errors.Is(err, fault.NotFound) {
@@ -28,6 +43,9 @@ func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entr
 		next = normalise(next)
 		next.ID, next.CreatedAt, next.Revision = old.ID, old.CreatedAt, old.Revision+1
 		if err := r.check(&next); err != nil {
+			return Entry{}, err
+		}
+		if err := pass(guards, &old, &next); err != nil {
 			return Entry{}, err
 		}
 		if next.expired(time.Now()) {
@@ -73,12 +91,13 @@ func (r *Registry) commitUpdate(ctx context.Context, old, next Entry, stored int
 type doomed struct {
 	entry  Entry
 	stored int64
+	guards []Guard
 	err    *error
 }
 
 // DeleteEntries removes entries, each by itself; errors keep the order of ids.
 // When it returns, no mirror read and no view has what was removed.
-func (r *Registry) DeleteEntries(ctx context.Context, ids []string) []error {
+func (r *Registry) DeleteEntries(ctx context.Context, ids []string, guards ...Guard) []error {
 	errs := make([]error, len(ids))
 	var list []doomed
 	seen := map[string]bool{}
@@ -89,7 +108,10 @@ func (r *Registry) DeleteEntries(ctx context.Context, ids []string) []error {
 			continue
 		}
 		seen[id] = true
-		list = append(list, doomed{entry: it.Entry, stored: it.stored, err: &errs[i]})
+		if errs[i] = pass(guards, &it.Entry); errs[i] != nil {
+			continue
+		}
+		list = append(list, doomed{entry: it.Entry, stored: it.stored, guards: guards, err: &errs[i]})
 	}
 	newest := int64(0)
 	for from := 0; from < len(list); from += store.MaxWrites / 2 {
@@ -132,6 +154,9 @@ func (r *Registry) deleteOne(ctx context.Context, d doomed) (int64, error) {
 			return 0, entryUnknown()
 		}
 		if err != nil {
+			return 0, err
+		}
+		if err := pass(d.guards, &d.entry); err != nil {
 			return 0, err
 		}
 		revision, err := r.deleteTogether(ctx, []doomed{d})

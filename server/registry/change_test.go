@@ -3,6 +3,7 @@ package registry_test
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -142,6 +143,44 @@ func TestDeleteRemovesAnEntryAsTheStoreHasIt(t *testing.T) {
 		t.Errorf("left: %v", err)
 	}
 	create(t, s.Registry, web("/moved", node(1))) // its index record went, too
+}
+
+// A guard sees an entry as the store has it when it is written, not as a
+// mirror that lags behind has it.
+func TestGuardSeesTheEntryAsTheStoreHasIt(t *testing.T) {
+	s := start(t, t.TempDir())
+	made := create(t, s.Registry, many(2, node(1))...)
+	blind, err := registry.Open(t.Context(), options(s.kv))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range made {
+		if _, err := s.UpdateEntry(t.Context(), e.ID, func(e *registry.Entry) { e.SPIFFEID = id("/guarded/" + e.ID) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	guard := func(e *registry.Entry) error {
+		if strings.HasPrefix(e.SPIFFEID.Path(), "/guarded/") {
+			return fault.New(fault.Denied, "guarded", "it is guarded")
+		}
+		return nil
+	}
+	for _, err := range blind.DeleteEntries(t.Context(), ids(made), guard) {
+		wantFault(t, err, fault.Denied, "guarded")
+	}
+	_, err = blind.UpdateEntry(t.Context(), made[0].ID, func(e *registry.Entry) { e.SPIFFEID = id("/free") }, guard)
+	wantFault(t, err, fault.Denied, "guarded")
+	if n := s.CountEntries(registry.EntryFilter{}); n != 2 {
+		t.Errorf("%d entries are left", n)
+	}
+	free := create(t, s.Registry, web("/free", node(1)))
+	_, err = s.UpdateEntry(t.Context(), free[0].ID, func(e *registry.Entry) { e.SPIFFEID = id("/guarded/x") }, guard)
+	wantFault(t, err, fault.Denied, "guarded")
+	results := s.CreateEntries(t.Context(), []registry.Entry{web("/guarded/y", node(1)), web("/free2", node(1))}, guard)
+	wantFault(t, results[0].Err, fault.Denied, "guarded")
+	if results[1].Err != nil {
+		t.Error(results[1].Err)
+	}
 }
 
 func TestListPagesAreStableUnderChanges(t *testing.T) {

@@ -37,9 +37,9 @@ func (d *draft) size() int { return len(d.value) + 2*MaxEntryID }
 // made. Results keep the order of list. An entry with the same SPIFFE ID,
 // parent and selectors as another, or with its id, fails with fault.Exists.
 // When it returns, the mirror has everything that was made.
-func (r *Registry) CreateEntries(ctx context.Context, list []Entry) []EntryResult {
+func (r *Registry) CreateEntries(ctx context.Context, list []Entry, guards ...Guard) []EntryResult {
 	results := make([]EntryResult, len(list))
-	drafts, repeats := r.drafts(list, results)
+	drafts, repeats := r.drafts(list, results, guards)
 	newest := int64(0)
 	var stop error
 	for len(drafts) > 0 && stop == nil {
@@ -67,12 +67,12 @@ func (r *Registry) CreateEntries(ctx context.Context, list []Entry) []EntryResul
 
 // drafts checks the entries and prepares those that can be tried. repeats maps
 // an entry to an earlier one of the list that is similar or has its id.
-func (r *Registry) drafts(list []Entry, results []EntryResult) (drafts []*draft, repeats map[int]int) {
+func (r *Registry) drafts(list []Entry, results []EntryResult, guards []Guard) (drafts []*draft, repeats map[int]int) {
 	repeats = map[int]int{}
 	ids, similar := map[string]int{}, map[similarity]int{}
 	now := time.Now()
 	for i, e := range list {
-		d, err := r.draft(e, now)
+		d, err := r.draft(e, now, guards)
 		if err != nil {
 			results[i].Err = err
 			continue
@@ -100,13 +100,16 @@ func (r *Registry) drafts(list []Entry, results []EntryResult) (drafts []*draft,
 	return drafts, repeats
 }
 
-func (r *Registry) draft(e Entry, now time.Time) (*draft, error) {
+func (r *Registry) draft(e Entry, now time.Time, guards []Guard) (*draft, error) {
 	e = normalise(e)
 	e.CreatedAt, e.Revision = wall(now), 0
 	if e.ID == "" {
 		e.ID = strings.ToLower(rand.Text())
 	}
 	if err := r.check(&e); err != nil {
+		return nil, err
+	}
+	if err := pass(guards, &e); err != nil {
 		return nil, err
 	}
 	if e.expired(now) {
