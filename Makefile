@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench generate generate-check released zlint lint fmt long fuzz clean
+.PHONY: build demo test check bench generate generate-check released docs zlint lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -64,6 +64,9 @@ zlint: build $(TOOLS)/zlint ## every kind of certificate that is made, by RFC 52
 	rm -rf $(OUT)/certificates
 	$(GO) run ./test/certificates -bin $(BIN) -o $(OUT)/certificates
 	$(TOOLS)/zlint $(OUT)/certificates
+
+docs: ## docs/reference from the source; make test says when that is due
+	$(GO) test -count=1 -run Reference ./cmd/... ./test/reference -update
 
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff

@@ -65,7 +65,7 @@ type AdminConfig struct {
 	// Default none.
 	Group string `yaml:"group"`
 	// UIDs are users who may operate the server besides root and the server's
-	// own user; they need Group to reach the socket. Default none.
+	// own user; they need the group to reach the socket. Default none.
 	UIDs []uint32 `yaml:"uids"`
 	// RemoteIDs are the SPIFFE IDs of operators over the network, such as
 	// spiffe://example.org/ops/ci: whoever has an X.509-SVID for exactly one

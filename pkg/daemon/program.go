@@ -66,6 +66,12 @@ type commandLine struct {
 	logFormat      string // once it is known; a last error has the log's form
 }
 
+// Commands returns the command tree of p, which its reference is made of.
+func Commands(p Program) *cobra.Command {
+	c := commandLine{Program: p, stdout: io.Discard, stderr: io.Discard}
+	return c.root()
+}
+
 func (c *commandLine) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:               c.Name,

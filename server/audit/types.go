@@ -66,8 +66,8 @@ type Line struct {
 
 // Config is the `audit` part of the server's configuration.
 type Config struct {
-	// Path of the current file; older ones are Path.1 (newest) to Path.Keep.
-	// Default: audit.log in the data directory.
+	// Path is the current file; older ones have .1 (the newest), .2 and so on
+	// after its name. Default: audit.log in the data directory.
 	Path string `yaml:"path"`
 	// MaxBytes is the size at which a new file is begun. Default 100 MiB.
 	MaxBytes int64 `yaml:"max_bytes"`
