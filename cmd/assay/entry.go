@@ -96,7 +96,7 @@ func (e entryShape) write(w io.Writer) error {
 func newEntryCommand(t *tool) *cobra.Command {
 	return group("entry", "Registration entries: who gets which identity",
 		newEntryCreateCommand(t), newEntryListCommand(t), newEntryCountCommand(t), newEntryShowCommand(t),
-		newEntryUpdateCommand(t), newEntryDeleteCommand(t))
+		newEntryUpdateCommand(t), newEntryDeleteCommand(t), newEntryApplyCommand(t))
 }
 
 // entryFlags are the fields of an entry as flags.

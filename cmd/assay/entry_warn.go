@@ -40,6 +40,48 @@ func (t *tool) warnOfEntry(ctx context.Context, s *serverConn, e *types.Entry) {
 	}
 }
 
+// warnOfEntries is warnOfEntry for many that were just made: each kind of
+// trouble is told once, with the first that has it.
+func (t *tool) warnOfEntries(ctx context.Context, s *serverConn, plan []planned) {
+	parents := map[string]bool{}
+	var made []*planned
+	told := map[string]bool{}
+	for i := range plan {
+		p := &plan[i]
+		if p.err != nil || p.action() == "none" {
+			continue
+		}
+		made = append(made, p)
+		parents[idFromProto(p.want.GetParentId())] = true
+		for _, sel := range p.want.GetSelectors() {
+			text := sel.GetType() + ":" + sel.GetValue()
+			if problem := selectorProblem(sel); problem != "" && !told[problem] {
+				told[problem] = true
+				t.warn(fault.New(fault.Invalid, "selector_unknown", quote(text)+" "+problem))
+			}
+		}
+	}
+	if len(made) == 0 {
+		return
+	}
+	// Any failure says nothing about the entries.
+	err := pages(func(token string) (string, error) {
+		resp, err := ask(ctx, s, s.agents.ListAgents, &spireagent.ListAgentsRequest{OutputMask: &types.AgentMask{}, PageToken: token})
+		for _, a := range resp.GetAgents() {
+			delete(parents, idFromProto(a.GetId()))
+		}
+		return resp.GetNextPageToken(), err
+	})
+	for _, p := range made {
+		if parent := idFromProto(p.want.GetParentId()); err == nil && parents[parent] {
+			t.warn(fault.Newf(fault.NotFound, "parent_unknown",
+				"%s is not an agent on record, nor are %d other parents: nobody gets their identities until those agents join; see assay agent list",
+				parent, len(parents)-1))
+			return
+		}
+	}
+}
+
 // selectorProblem says why no process has this selector; nothing if one may.
 func selectorProblem(sel *types.Selector) string {
 	if sel.GetType() != "unix" {

@@ -59,11 +59,13 @@ type fakeServer struct {
 	agents   []*types.Agent
 	token    *types.JoinToken
 	err      error // every call fails with it
+	writeErr error // every batch of creations fails with it
 	pageSize int   // entries and agents per page; 0 = all
 
 	mu      sync.Mutex
 	created []*types.Entry
 	update  *spireentry.BatchUpdateEntryRequest
+	updates []*spireentry.BatchUpdateEntryRequest
 	deleted []string
 	banned  []string
 	evicted []string
@@ -121,6 +123,9 @@ func itemStatus(err error) *types.Status {
 func (f fakeEntries) BatchCreateEntry(_ context.Context, req *spireentry.BatchCreateEntryRequest) (*spireentry.BatchCreateEntryResponse, error) {
 	if err := f.begin(); err != nil {
 		return nil, err
+	}
+	if f.writeErr != nil {
+		return nil, fault.Status(f.writeErr, "REQ6").Err()
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -201,17 +206,21 @@ func (f fakeEntries) BatchUpdateEntry(_ context.Context, req *spireentry.BatchUp
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.update = req
-	if req.GetEntries()[0].GetId() != "e-1" {
-		return &spireentry.BatchUpdateEntryResponse{Results: []*spireentry.BatchUpdateEntryResponse_Result{
-			{Status: itemStatus(fault.New(fault.NotFound, "entry_unknown", "no entry has this ID"))},
-		}}, nil
+	f.updates = append(f.updates, req)
+	resp := &spireentry.BatchUpdateEntryResponse{}
+	for _, e := range req.GetEntries() {
+		if e.GetId() != "e-1" {
+			resp.Results = append(resp.Results, &spireentry.BatchUpdateEntryResponse_Result{
+				Status: itemStatus(fault.New(fault.NotFound, "entry_unknown", "no entry has this ID")),
+			})
+			continue
+		}
+		changed := proto.Clone(f.entries[0]).(*types.Entry)
+		changed.X509SvidTtl = 900
+		changed.RevisionNumber++
+		resp.Results = append(resp.Results, &spireentry.BatchUpdateEntryResponse_Result{Status: itemStatus(nil), Entry: changed})
 	}
-	changed := proto.Clone(f.entries[0]).(*types.Entry)
-	changed.X509SvidTtl = 900
-	changed.RevisionNumber++
-	return &spireentry.BatchUpdateEntryResponse{Results: []*spireentry.BatchUpdateEntryResponse_Result{
-		{Status: itemStatus(nil), Entry: changed},
-	}}, nil
+	return resp, nil
 }
 
 func (f fakeEntries) BatchDeleteEntry(_ context.Context, req *spireentry.BatchDeleteEntryRequest) (*spireentry.BatchDeleteEntryResponse, error) {
@@ -340,13 +349,17 @@ type outcome struct {
 // assay runs the tool as main does, with an environment of its own.
 func assay(t *testing.T, vars map[string]string, args ...string) outcome {
 	t.Helper()
+	return assayIn(t, env{stdin: bytes.NewReader(nil), getenv: func(name string) string { return vars[name] }}, args...)
+}
+
+// assayIn is assay in surroundings of the test's own.
+func assayIn(t *testing.T, e env, args ...string) outcome {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
-	code := run(ctx, env{
-		stdin: bytes.NewReader(nil), stdout: &stdout, stderr: &stderr,
-		getenv: func(name string) string { return vars[name] },
-	}, args)
+	e.stdout, e.stderr = &stdout, &stderr
+	code := run(ctx, e, args)
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		t.Fatalf("%v took too long", args)
 	}

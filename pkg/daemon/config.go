@@ -39,11 +39,17 @@ func Load(path string, into any) error {
 	if err != nil {
 		return err
 	}
+	return Decode(path, data, into)
+}
+
+// Decode reads YAML that does not come from a configuration file as Load reads
+// that, whatever its size. name stands for the file in messages.
+func Decode(name string, data []byte, into any) error {
 	target := reflect.ValueOf(into)
 	if target.Kind() != reflect.Pointer || target.Elem().Kind() != reflect.Struct {
-		return fmt.Errorf("load configuration: %T is not a pointer to a struct", into)
+		return fmt.Errorf("decode %s: %T is not a pointer to a struct", name, into)
 	}
-	return decodeConfig(path, data, target.Elem())
+	return decodeConfig(name, data, target.Elem())
 }
 
 func readConfig(path string) ([]byte, error) {

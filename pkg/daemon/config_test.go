@@ -257,3 +257,20 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+// A document that is no configuration file has no bound of its own, and is
+// held to all the rest.
+func TestDecodeTakesWhatLoadTakes(t *testing.T) {
+	var got sample
+	text := "name: x\n" + strings.Repeat("# long\n", maxConfigBytes/4)
+	if err := Decode("a document", []byte(text), &got); err != nil || got.Name != "x" {
+		t.Errorf("%v, %+v", err, got)
+	}
+	err := Decode("a document", []byte("name: x\nother_name: y\n"), &got)
+	if fault.ReasonOf(err) != "config_invalid" || !strings.HasPrefix(fault.SafeText(err), `a document: line 2: unknown key "other_name"`) {
+		t.Error(err)
+	}
+	if err := Decode("a document", nil, got); err == nil {
+		t.Error("decoded into a value that nobody sees")
+	}
+}
