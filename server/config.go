@@ -122,6 +122,16 @@ type LimitsConfig struct {
 	// AttestRate is how many attestations per second one address may begin; it
 	// may save up ten seconds' worth. Default 50.
 	AttestRate int `yaml:"attestations_per_second_per_address"`
+	// SignRate is how many certificates for workloads one agent may ask for per
+	// second; it may save up ten seconds' worth. A node comes up, or replaces
+	// everything it has at once, with 20000 identities. Default 2000.
+	SignRate int `yaml:"signatures_per_second_per_agent"`
+	// RenewRate is how many times per second one agent may renew its own
+	// certificate; it may save up ten seconds' worth. Default 1.
+	RenewRate int `yaml:"renewals_per_second_per_agent"`
+	// SyncRate is how many sync streams per second one agent may open; it may
+	// save up ten seconds' worth. Default 2.
+	SyncRate int `yaml:"sync_streams_per_second_per_agent"`
 }
 
 // MetricsConfig is the `metrics` part of Config.

@@ -44,6 +44,9 @@ limits:
   connections_per_agent: 4
   unauthenticated_connections_per_address: 64
   attestations_per_second_per_address: 5
+  signatures_per_second_per_agent: 100
+  renewals_per_second_per_agent: 2
+  sync_streams_per_second_per_agent: 3
 metrics: {listen: 127.0.0.1:9402}
 log: {level: debug, format: json}
 data_dir: /var/lib/assay-server

@@ -23,12 +23,14 @@ type connLimits struct {
 	isAgent, isOperator rpc.Rule
 	operators           *handover
 	counts              *connCounts
+	refused             func(limit string)
 }
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	host := api.HostOf(raw.RemoteAddr().String())
 	if !l.counts.enter(host) {
+		l.refused("limit_anonymous_connections")
 		_ = raw.Close()
 		return nil, nil, errors.New("too many connections without an agent's certificate from this address")
 	}
@@ -42,6 +44,7 @@ func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		return &countedConn{Conn: conn, release: sync.OnceFunc(func() { l.counts.leave(host) })}, info, nil
 	}
 	if !l.counts.become(host, peer.ID.String(), limit) {
+		l.refused("limit_connections")
 		_ = conn.Close()
 		return nil, nil, errors.New("too many connections of " + peer.ID.String())
 	}

@@ -81,6 +81,9 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 		},
 		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
 		SyncStreams: s.cfg.Limits.AgentConnections, // an honest agent has one on each
+		Rates: api.AgentRates{
+			Signatures: s.cfg.Limits.SignRate, Renewals: s.cfg.Limits.RenewRate, SyncStreams: s.cfg.Limits.SyncRate,
+		},
 	})
 }
 
@@ -106,6 +109,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 			isOperator:           api.RemoteOperatorRule(s.cfg.Admin.remoteIDs()),
 			operators:            door,
 			counts:               newConnCounts(s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
+			refused:              func(limit string) { s.metrics.rpc.LimitReached("agents", limit) },
 		},
 		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		Options: keepalives(),

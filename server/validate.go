@@ -37,6 +37,9 @@ const (
 	defaultPerAgent  = 8
 	defaultAnonymous = 256
 	defaultAttest    = 50
+	defaultSign      = 2000
+	defaultRenew     = 1
+	defaultSync      = 2
 )
 
 // Validate returns c with its defaults filled in, or says which field can't be
@@ -80,6 +83,9 @@ func (c Config) withDefaults() Config {
 	setNumber(&c.Limits.AgentConnections, defaultPerAgent)
 	setNumber(&c.Limits.AnonymousConnections, defaultAnonymous)
 	setNumber(&c.Limits.AttestRate, defaultAttest)
+	setNumber(&c.Limits.SignRate, defaultSign)
+	setNumber(&c.Limits.RenewRate, defaultRenew)
+	setNumber(&c.Limits.SyncRate, defaultSync)
 	return c
 }
 
@@ -186,6 +192,9 @@ func (c Config) checkLimits() error {
 		{"connections_per_agent", l.AgentConnections, defaultPerAgent},
 		{"unauthenticated_connections_per_address", l.AnonymousConnections, defaultAnonymous},
 		{"attestations_per_second_per_address", l.AttestRate, defaultAttest},
+		{"signatures_per_second_per_agent", l.SignRate, defaultSign},
+		{"renewals_per_second_per_agent", l.RenewRate, defaultRenew},
+		{"sync_streams_per_second_per_agent", l.SyncRate, defaultSync},
 	} {
 		if n.value < 1 || n.value > 1_000_000 {
 			return badConfig("limits.%s is between 1 and 1000000: set limits.%s: %d", n.field, n.field, n.usual)

@@ -117,7 +117,9 @@ type fake struct {
 	// until it is closed; bad, if set, changes a chain; oldest makes every
 	// snapshot come in chunks of one entry.
 	refuse map[string]error
-	broken error // fails whole batches
+	broken error                 // fails whole batches
+	limit  func(items int) error // may refuse a batch
+	until  []time.Time           // of each batch: the end of what it replaces
 	hold   chan struct{}
 	bad    func(id spiffeid.ID, chain [][]byte) [][]byte
 	chunk  int
@@ -340,6 +342,10 @@ func (f *fake) SignX509(ctx context.Context, req *agentv1.SignX509Request) (*age
 	f.signed = append(f.signed, batch...)
 	f.batches = append(f.batches, batch)
 	hold, broken := f.hold, f.broken
+	f.until = append(f.until, req.GetReplacesUntil().AsTime())
+	if broken == nil && f.limit != nil {
+		broken = f.limit(len(batch))
+	}
 	f.mu.Unlock()
 	if hold != nil {
 		select {

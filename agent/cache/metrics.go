@@ -89,7 +89,7 @@ func reasonLabel(err error) string {
 	switch reason := fault.ReasonOf(err); reason {
 	case agentv1.ReasonEntryNotAuthorized, "no_such_workload_on_node", "svid_invalid", "bundle_rollback", "bundle_invalid",
 		"sync_protocol", agentv1.ReasonAgentBanned, agentv1.ReasonAgentUnknown, agentv1.ReasonAgentSVIDNotActive,
-		"rate_limited", "audit_full", "store_full", "disk_full",
+		"limit_signatures", "limit_overload", "limit_sync_opens", "audit_full", "store_full", "disk_full",
 		"server_unreachable", "server_untrusted":
 		return reason
 	}

@@ -112,11 +112,11 @@ func TestNewReasonForAnOutageIsToldAtOnce(t *testing.T) {
 		a.log = &log
 		a.start()
 		synctest.Wait()
-		f.judge(fault.New(fault.Exhausted, "rate_limited", "too much"))
+		f.judge(fault.New(fault.Exhausted, "limit_sync_opens", "too much"))
 		time.Sleep(4 * time.Second)
 		f.judge(fault.New(fault.Denied, "something_new", "no"))
 		time.Sleep(10 * time.Second)
-		for _, reason := range []string{"rate_limited", "something_new"} {
+		for _, reason := range []string{"limit_sync_opens", "something_new"} {
 			if n := log.count("can't get back to the server; serving what there is\" reason=" + reason); n != 1 {
 				t.Errorf("%s: told %d times", reason, n)
 			}

@@ -5,10 +5,13 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"log/slog"
+	"math/rand/v2"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/schedule"
@@ -35,6 +38,7 @@ type job struct {
 	entry      *entry
 	facts      facts
 	generation uint64
+	replaces   time.Time // the end of the SVID at hand, zero without one
 
 	key    *ecdsa.PrivateKey
 	csr    []byte
@@ -124,7 +128,11 @@ func (c *Cache) takeBatch() ([]*job, *verifier) {
 		}
 		e := c.ready.take()
 		e.signing = true
-		batch = append(batch, &job{entry: e, facts: e.facts, generation: e.generation})
+		j := &job{entry: e, facts: e.facts, generation: e.generation}
+		if e.svid != nil {
+			j.replaces = e.svid.NotAfter
+		}
+		batch = append(batch, j)
 	}
 	if len(batch) > 0 {
 		c.inFlight++
@@ -153,7 +161,7 @@ func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch
 		j := batch[i]
 		j.key, j.csr, j.err = newRequest()
 	})
-	req := &agentv1.SignX509Request{}
+	req := &agentv1.SignX509Request{ReplacesUntil: replacesUntil(batch)}
 	for _, j := range batch {
 		if j.err != nil {
 			return j.err
@@ -175,6 +183,21 @@ func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch
 	at := now()
 	parallel(len(batch), func(i int) { batch[i].svid, batch[i].err = batch[i].finish(v, at) })
 	return nil
+}
+
+// replacesUntil is when the first SVID ends that the batch replaces, nil if it
+// replaces none.
+func replacesUntil(batch []*job) *timestamppb.Timestamp {
+	var first time.Time
+	for _, j := range batch {
+		if !j.replaces.IsZero() && (first.IsZero() || j.replaces.Before(first)) {
+			first = j.replaces
+		}
+	}
+	if first.IsZero() {
+		return nil
+	}
+	return timestamppb.New(first)
 }
 
 // finish turns the server's answer for one item into an SVID.
@@ -213,7 +236,7 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 		c.wait.Reset()
 		c.pause = time.Time{}
 	} else {
-		c.pause = at.Add(c.wait.Next())
+		c.holdBack(at, err)
 	}
 	for _, j := range batch {
 		e := j.entry
@@ -246,6 +269,20 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 		signal(c.accountCh)
 	}
 	c.report(ctx, batch, failed, err)
+}
+
+// holdBack makes the signer pause after a failed call. A server that says when
+// to come back is neither away nor broken, so the pauses don't grow; a part is
+// added by chance, so that not all who were told the same come back together.
+func (c *Cache) holdBack(at time.Time, err error) {
+	until := at.Add(c.wait.Next())
+	if after := min(fault.RetryAfterOf(err), c.wait.Max); after > 0 {
+		c.wait.Reset()
+		until = at.Add(after + rand.N(after/2+10*time.Millisecond))
+	}
+	if until.After(c.pause) {
+		c.pause = until
+	}
 }
 
 // install makes svid the entry's.

@@ -64,7 +64,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		if fault.KindOf(err) != fault.NotReady {
 			wait = &refusal
 		}
-		pause := wait.Next()
+		pause := max(wait.Next(), fault.RetryAfterOf(err))
 		c.metrics.syncFailures.WithLabelValues(reasonLabel(err)).Inc()
 		c.tellOutage(ctx, &outage, had, err, pause)
 		if schedule.Sleep(ctx, pause) != nil {

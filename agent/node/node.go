@@ -173,7 +173,7 @@ func (n *Node) retry(ctx context.Context, what, step string, do func(context.Con
 		if fault.ReasonOf(err) == "bundle_rollback" {
 			level = slog.LevelError // somebody has to look at this
 		}
-		pause := wait.Next()
+		pause := max(wait.Next(), fault.RetryAfterOf(err))
 		n.log.LogAttrs(ctx, level, "step failed, trying again", slog.String("step", what),
 			slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()), slog.Duration("retry_in", pause))
 		if err := schedule.Sleep(ctx, pause); err != nil {
@@ -287,7 +287,7 @@ func (n *Node) keep(ctx context.Context, conn *Conn, id state.Identity) error {
 		if verdict := verdictOf(err); verdict != nil {
 			return verdict
 		}
-		due = now.Add(wait.Next())
+		due = now.Add(max(wait.Next(), fault.RetryAfterOf(err)))
 		n.log.WarnContext(ctx, "could not renew the agent's certificate", slog.String("reason", fault.ReasonOf(err)),
 			slog.String("error", err.Error()), slog.Time("not_after", id.NotAfter()), slog.Time("retry_at", due))
 	}

@@ -9,6 +9,7 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"time"
 )
 
 // Kind says what sort of failure an error is. Kinds are errors themselves, so
@@ -52,6 +53,8 @@ type Fault struct {
 	cause  error
 	// requestID is what the peer that sent this fault knows the request by.
 	requestID string
+	// retryAfter is when it makes sense to try again; zero: not known.
+	retryAfter time.Duration
 }
 
 // New returns a fault. The reason is a stable snake_case code, the safe text
@@ -68,6 +71,12 @@ func Newf(kind Kind, reason, format string, args ...any) error {
 // Wrap returns a fault whose cause is logged here and never sent.
 func Wrap(kind Kind, cause error, reason, safe string) error {
 	return &Fault{kind: kind, reason: reason, safe: safe, cause: cause}
+}
+
+// Later is New for what is refused only for now: it tells the peer how long to
+// wait before it tries again.
+func Later(kind Kind, reason, safe string, after time.Duration) error {
+	return &Fault{kind: kind, reason: reason, safe: safe, retryAfter: max(after, 0)}
 }
 
 // Error returns the whole story, cause included: for logs on this side only.
@@ -117,6 +126,15 @@ func RequestIDOf(err error) string {
 		return f.requestID
 	}
 	return ""
+}
+
+// RetryAfterOf returns how long to wait before trying again, zero if err does not
+// say so.
+func RetryAfterOf(err error) time.Duration {
+	if f, ok := errors.AsType[*Fault](err); ok {
+		return f.retryAfter
+	}
+	return 0
 }
 
 // SafeText returns what may be shown to a peer, without the reason.

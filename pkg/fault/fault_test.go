@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -52,6 +53,20 @@ func TestStatusRoundTrip(t *testing.T) {
 		if fault.SafeText(back) != "some text" || fault.RequestIDOf(back) != "R" {
 			t.Errorf("text %q, request id %q", fault.SafeText(back), fault.RequestIDOf(back))
 		}
+	}
+}
+
+func TestRetryRoundTrip(t *testing.T) {
+	for after, want := range map[time.Duration]time.Duration{
+		0: 0, -time.Second: 0, 1500 * time.Millisecond: 1500 * time.Millisecond, 1000 * time.Hour: time.Minute,
+	} {
+		back := fault.FromStatus(fault.Status(fault.Later(fault.Exhausted, "limit_x", "less", after), "R").Err())
+		if fault.RetryAfterOf(back) != want || fault.ReasonOf(back) != "limit_x" || fault.SafeText(back) != "less" {
+			t.Errorf("%v came back as %v, %v", after, fault.RetryAfterOf(back), back)
+		}
+	}
+	if fault.RetryAfterOf(io.EOF) != 0 || fault.RetryAfterOf(nil) != 0 {
+		t.Error("others don't say")
 	}
 }
 

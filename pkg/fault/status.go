@@ -3,10 +3,13 @@ package fault
 import (
 	"errors"
 	"strings"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 // Domain is the ErrorInfo domain of every reason that Assay sends.
@@ -78,8 +81,11 @@ func IsReason(s string) bool {
 	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789_") == ""
 }
 
-// Status turns err into what a peer may see: kind, reason, safe text and, if
-// not empty, the request id. The cause stays behind.
+// maxRetryAfter bounds what is believed of a peer that says when to come back.
+const maxRetryAfter = time.Minute
+
+// Status turns err into what a peer may see: kind, reason, safe text, when to
+// retry and, if not empty, the request id. The cause stays behind.
 func Status(err error, requestID string) *status.Status {
 	if err == nil {
 		return nil
@@ -92,7 +98,11 @@ func Status(err error, requestID string) *status.Status {
 		info.Metadata = map[string]string{"request_id": requestID}
 	}
 	st := status.New(Code(KindOf(err)), msg)
-	if detailed, err := st.WithDetails(info); err == nil {
+	details := []protoadapt.MessageV1{info}
+	if after := RetryAfterOf(err); after > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
+	}
+	if detailed, err := st.WithDetails(details...); err == nil {
 		return detailed
 	}
 	return st
@@ -122,10 +132,15 @@ func FromStatus(err error) error {
 	kind := kindOfCode(st.Code())
 	f := &Fault{kind: kind, reason: kind.Error(), safe: st.Message()}
 	for _, d := range st.Details() {
-		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == Domain {
-			f.reason, f.requestID = info.GetReason(), info.GetMetadata()["request_id"]
-			f.safe = strings.TrimPrefix(f.safe, f.reason+": ")
-			f.safe = strings.TrimSuffix(f.safe, requestSuffix(f.requestID))
+		switch info := d.(type) {
+		case *errdetails.ErrorInfo:
+			if info.GetDomain() == Domain {
+				f.reason, f.requestID = info.GetReason(), info.GetMetadata()["request_id"]
+				f.safe = strings.TrimPrefix(f.safe, f.reason+": ")
+				f.safe = strings.TrimSuffix(f.safe, requestSuffix(f.requestID))
+			}
+		case *errdetails.RetryInfo:
+			f.retryAfter = min(max(info.GetRetryDelay().AsDuration(), 0), maxRetryAfter)
 		}
 	}
 	return f

@@ -10,6 +10,7 @@ import (
 type Metrics struct {
 	requests *prometheus.CounterVec
 	denials  *prometheus.CounterVec
+	limits   *prometheus.CounterVec
 }
 
 // NewMetrics registers the RPC metrics at reg.
@@ -21,9 +22,19 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		denials: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_rpc_denials_total", Help: "RPCs refused with InvalidArgument, Unauthenticated or PermissionDenied, by socket and reason.",
 		}, []string{"server", "reason"}),
+		limits: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "assay_limit_refusals_total", Help: "RPCs refused with ResourceExhausted, and connections closed for a limit, by socket and reason.",
+		}, []string{"server", "reason"}),
 	}
-	reg.MustRegister(m.requests, m.denials)
+	reg.MustRegister(m.requests, m.denials, m.limits)
 	return m
+}
+
+// LimitReached counts a connection that was closed for a limit.
+func (m *Metrics) LimitReached(server, reason string) {
+	if m != nil {
+		m.limits.WithLabelValues(server, reason).Inc()
+	}
 }
 
 func (m *Metrics) observe(server, method string, err error) {
@@ -37,6 +48,8 @@ func (m *Metrics) observe(server, method string, err error) {
 		switch kind {
 		case fault.Invalid, fault.Unauthenticated, fault.Denied:
 			m.denials.WithLabelValues(server, fault.ReasonOf(err)).Inc()
+		case fault.Exhausted:
+			m.limits.WithLabelValues(server, fault.ReasonOf(err)).Inc()
 		}
 	}
 	m.requests.WithLabelValues(server, method, code).Inc()

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -33,6 +34,8 @@ type AgentConfig struct {
 	AttestRate int
 	// SyncStreams is how many Sync streams an agent may have at a time.
 	SyncStreams int
+	// Rates of one agent.
+	Rates AgentRates
 }
 
 // AgentService is the server's side of the protocol between agent and server.
@@ -41,6 +44,8 @@ type AgentService struct {
 	cfg       AgentConfig
 	addresses *addresses
 	streams   *streams
+	rates     *rates
+	work      *work
 	bundles   bundleCache
 
 	stopOnce sync.Once
@@ -50,7 +55,8 @@ type AgentService struct {
 // NewAgentService returns the service.
 func NewAgentService(cfg AgentConfig) *AgentService {
 	return &AgentService{
-		cfg: cfg, addresses: newAddresses(cfg.AttestRate), streams: newStreams(cfg.SyncStreams), stopping: make(chan struct{}),
+		cfg: cfg, addresses: newAddresses(cfg.AttestRate), streams: newStreams(cfg.SyncStreams),
+		rates: newRates(cfg.Rates), work: newWork(), stopping: make(chan struct{}),
 	}
 }
 
@@ -72,6 +78,15 @@ func (s *AgentService) Renew(ctx context.Context, req *agentv1.RenewRequest) (*a
 	if err != nil {
 		return nil, err
 	}
+	// Not audited either: what a flood is refused with must be cheap.
+	if err := s.rates.renew(caller.ID, time.Now()); err != nil {
+		return nil, err
+	}
+	leave, err := s.work.enter(ctx, job{kind: agentRenewal, agent: caller.ID, weight: storeWeight})
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	identity, err := s.renew(ctx, caller, req.GetCsr())
 	if err != nil {
 		// What was signed has its line already; this is about what was not.

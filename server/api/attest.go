@@ -56,6 +56,12 @@ func (s *AgentService) Attest(stream attestStream) error {
 	if err != nil {
 		return err // nothing was presented
 	}
+	turn := &turn{work: s.work, job: job{kind: attestation, weight: storeWeight}}
+	if err := turn.take(ctx); err != nil {
+		return err
+	}
+	defer turn.give()
+	node.turn = turn
 	line := audit.Line{Origin: origin(ctx), Action: "agent.attest", Why: audit.Why{Rule: s.ruleName(start.GetAttestor())}}
 	identity, err := s.attest(ctx, start, node)
 	line.Target.AgentID, line.Result = identity.GetAgentId(), result(err)
@@ -109,6 +115,27 @@ func (s *AgentService) attest(ctx context.Context, start *agentv1.AttestRequest_
 type node struct {
 	stream   attestStream
 	stopping <-chan struct{}
+	turn     *turn // at the server's work; nil before the evidence is there
+}
+
+// turn is an attestation's place at the server's work, which it gives back while
+// it waits for the node.
+type turn struct {
+	work  *work
+	job   job
+	leave func()
+}
+
+func (t *turn) take(ctx context.Context) (err error) {
+	t.leave, err = t.work.enter(ctx, t.job)
+	return err
+}
+
+func (t *turn) give() {
+	if t.leave != nil {
+		t.leave()
+		t.leave = nil
+	}
 }
 
 // start receives the first message.
@@ -129,8 +156,12 @@ func (n *node) ask(ctx context.Context, challenge []byte) ([]byte, error) {
 	if err := n.stream.Send(&agentv1.AttestResponse{Step: &agentv1.AttestResponse_Challenge{Challenge: challenge}}); err != nil {
 		return nil, err
 	}
+	n.turn.give()
 	msg, err := n.receive(ctx)
 	if err != nil {
+		return nil, err
+	}
+	if err := n.turn.take(ctx); err != nil {
 		return nil, err
 	}
 	answer, ok := msg.GetStep().(*agentv1.AttestRequest_ChallengeResponse)

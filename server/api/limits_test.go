@@ -64,20 +64,6 @@ func TestAttestationsUnderWayAreBoundedPerAddress(t *testing.T) {
 	}
 }
 
-func TestAddressesAreForgotten(t *testing.T) {
-	a, now := newAddresses(1), time.Now()
-	for i := range maxAddresses {
-		if done, err := a.begin(string(rune(i+0x100)), now); err == nil {
-			done()
-		}
-	}
-	if done, err := a.begin("192.0.2.1:1", now.Add(time.Hour)); err != nil || len(a.buckets) != 1 {
-		t.Errorf("%d buckets are kept for nobody (%v)", len(a.buckets), err)
-	} else {
-		done()
-	}
-}
-
 func TestHostOf(t *testing.T) {
 	for addr, want := range map[string]string{
 		"192.0.2.1:80": "192.0.2.1", "[::ffff:192.0.2.1]:80": "192.0.2.1", "[2001:db8:1:2:3::4]:80": "2001:db8:1:2::/64",

@@ -9,8 +9,10 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
@@ -44,6 +46,14 @@ func (s *AgentService) SignX509(ctx context.Context, req *agentv1.SignX509Reques
 	if err != nil {
 		return nil, err
 	}
+	if err := s.rates.sign(caller.ID, len(items), time.Now()); err != nil {
+		return nil, err
+	}
+	leave, err := s.work.enter(ctx, signingJob(caller.ID, req))
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	work := make([]signing, len(items))
 	parallel(len(items), func(i int) {
 		work[i] = s.prepare(caller.ID, items[i])
@@ -55,6 +65,15 @@ func (s *AgentService) SignX509(ctx context.Context, req *agentv1.SignX509Reques
 		return nil, err
 	}
 	return signed(work), nil
+}
+
+// signingJob is what a call weighs and how urgent it is.
+func signingJob(agent spiffeid.ID, req *agentv1.SignX509Request) job {
+	j := job{kind: newSVID, agent: agent, weight: max(1, len(req.GetItems()), proto.Size(req)/bytesPerWeight)}
+	if until := moment(req.GetReplacesUntil()); !until.IsZero() {
+		j.kind, j.until = svidRenewal, until
+	}
+	return j
 }
 
 // prepare finds the entry of an item and takes the key out of its CSR. A CSR

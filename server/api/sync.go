@@ -40,6 +40,9 @@ func (s *AgentService) Sync(stream syncStream) error {
 	if err != nil {
 		return err
 	}
+	if err := s.rates.sync(caller.ID, time.Now()); err != nil {
+		return err
+	}
 	leave, err := s.streams.enter(caller.ID)
 	if err != nil {
 		return err

@@ -25,7 +25,7 @@ func TestSilentNodeIsCutOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		n := &node{stream: silent{ctx: ctx}, stopping: make(chan struct{})}
+		n := &node{stream: silent{ctx: ctx}, stopping: make(chan struct{}), turn: &turn{work: newWork(), job: job{kind: attestation, weight: 1}}}
 		began := time.Now()
 		if _, err := n.start(ctx); fault.ReasonOf(err) != "attest_timeout" || time.Since(began) != stepTimeout {
 			t.Errorf("after %v: %v", time.Since(began), err)

@@ -900,8 +900,13 @@ func (x *Authority) GetTainted() bool {
 }
 
 type SignX509Request struct {
-	state         protoimpl.MessageState  `protogen:"open.v1"`
-	Items         []*SignX509Request_Item `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	state protoimpl.MessageState  `protogen:"open.v1"`
+	Items []*SignX509Request_Item `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	// When the first of the X.509-SVIDs ends that the new ones are to replace;
+	// not set when none of them replaces one. A server that has more to sign than
+	// it can goes by this, soonest first, and takes what is new after that. It is
+	// a claim and decides nothing else.
+	ReplacesUntil *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=replaces_until,json=replacesUntil,proto3" json:"replaces_until,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -939,6 +944,13 @@ func (*SignX509Request) Descriptor() ([]byte, []int) {
 func (x *SignX509Request) GetItems() []*SignX509Request_Item {
 	if x != nil {
 		return x.Items
+	}
+	return nil
+}
+
+func (x *SignX509Request) GetReplacesUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReplacesUntil
 	}
 	return nil
 }
@@ -1704,9 +1716,10 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x18\n" +
-	"\atainted\x18\x03 \x01(\bR\atainted\"\x82\x01\n" +
+	"\atainted\x18\x03 \x01(\bR\atainted\"\xc5\x01\n" +
 	"\x0fSignX509Request\x12:\n" +
-	"\x05items\x18\x01 \x03(\v2$.assay.agent.v1.SignX509Request.ItemR\x05items\x1a3\n" +
+	"\x05items\x18\x01 \x03(\v2$.assay.agent.v1.SignX509Request.ItemR\x05items\x12A\n" +
+	"\x0ereplaces_until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rreplacesUntil\x1a3\n" +
 	"\x04Item\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\"\xef\x02\n" +
@@ -1791,30 +1804,31 @@ var file_agent_v1_agent_proto_depIdxs = []int32{
 	25, // 13: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
 	11, // 14: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
 	21, // 15: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
-	22, // 16: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
-	10, // 17: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	25, // 18: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
-	20, // 19: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
-	25, // 20: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
-	25, // 21: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
-	25, // 22: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
-	23, // 23: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
-	24, // 24: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
-	0,  // 25: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
-	4,  // 26: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
-	6,  // 27: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
-	12, // 28: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
-	14, // 29: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
-	1,  // 30: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
-	5,  // 31: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
-	7,  // 32: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
-	13, // 33: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
-	15, // 34: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
-	30, // [30:35] is the sub-list for method output_type
-	25, // [25:30] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	25, // 16: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
+	22, // 17: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
+	10, // 18: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	25, // 19: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
+	20, // 20: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
+	25, // 21: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
+	25, // 22: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
+	25, // 23: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
+	23, // 24: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
+	24, // 25: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
+	0,  // 26: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
+	4,  // 27: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
+	6,  // 28: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
+	12, // 29: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
+	14, // 30: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
+	1,  // 31: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
+	5,  // 32: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
+	7,  // 33: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
+	13, // 34: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
+	15, // 35: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
+	31, // [31:36] is the sub-list for method output_type
+	26, // [26:31] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }

@@ -1,0 +1,54 @@
+package api
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+// rates limits how much each agent asks for. Agents are known by their
+// certificate: whoever shares an address with a busy one is not slowed down.
+type rates struct {
+	signatures, renewals, streams *buckets
+}
+
+// AgentRates are what one agent may do per second; it may save up ten seconds'
+// worth of each.
+type AgentRates struct {
+	// Signatures counts certificates for workloads, not calls.
+	Signatures int
+	// Renewals of the agent's own certificate.
+	Renewals int
+	// SyncStreams that are opened.
+	SyncStreams int
+}
+
+func newRates(r AgentRates) *rates {
+	return &rates{signatures: newBuckets(r.Signatures), renewals: newBuckets(r.Renewals), streams: newBuckets(r.SyncStreams)}
+}
+
+// sign admits a call with n items. An empty one is free: refusing it would cost
+// as much as answering.
+func (r *rates) sign(agent spiffeid.ID, n int, now time.Time) error {
+	if n == 0 {
+		return nil
+	}
+	return rated(r.signatures, agent, n, now, "limit_signatures", "this agent has asked for too many certificates per second: retry later")
+}
+
+func (r *rates) renew(agent spiffeid.ID, now time.Time) error {
+	return rated(r.renewals, agent, 1, now, "limit_renewals", "this agent renews its own certificate too often: retry later")
+}
+
+func (r *rates) sync(agent spiffeid.ID, now time.Time) error {
+	return rated(r.streams, agent, 1, now, "limit_sync_opens", "this agent opens sync streams too often: retry later")
+}
+
+func rated(b *buckets, agent spiffeid.ID, n int, now time.Time, reason, text string) error {
+	if wait := b.take(agent.String(), n, now); wait > 0 {
+		return fault.Later(fault.Exhausted, reason, text, wait)
+	}
+	return nil
+}

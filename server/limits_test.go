@@ -1,0 +1,110 @@
+package server
+
+import (
+	"testing"
+	"time"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+// P7, NEG-20: an agent that asks for too much is told when to come back; others,
+// and its own renewal, are not touched. Each limit has a series of its own.
+func TestOneAgentCannotAskForEverything(t *testing.T) {
+	h := start(t, func(c *Config) { c.Limits.SignRate, c.Limits.RenewRate, c.Limits.SyncRate = 2, 1, 1 })
+	a, other := h.newAgent(), h.newAgent()
+	id := h.operator().create(t, entry(a.id, "/a"))[0]
+	theirs := h.operator().create(t, entry(other.id, "/b"))[0]
+	csr := newCSR(t, newKey(t), nil)
+	ask := func(who *agent, entry string, n int) error {
+		req := &agentv1.SignX509Request{}
+		for range n {
+			req.Items = append(req.Items, &agentv1.SignX509Request_Item{EntryId: entry, Csr: csr})
+		}
+		_, err := who.SignX509(t.Context(), req)
+		return err
+	}
+	wantLater := func(what string, err error, reason string) {
+		t.Helper()
+		wantReason(t, what, err, fault.Exhausted, reason)
+		if after := fault.RetryAfterOf(fault.FromStatus(err)); after <= 0 || after > 15*time.Second {
+			t.Errorf("%s: retry after %v", what, after)
+		}
+	}
+	// Ten seconds' worth of two per second.
+	if err := ask(a, id, 20); err != nil {
+		t.Fatal(err)
+	}
+	wantLater("more", ask(a, id, 20), "limit_signatures")
+	wantLater("more that is refused anyway", ask(a, "no-such-entry", 20), "limit_signatures")
+	if err := ask(a, id, 0); err != nil {
+		t.Errorf("a call for nothing: %v", err)
+	}
+	if err := ask(other, theirs, 20); err != nil {
+		t.Errorf("another agent: %v", err)
+	}
+
+	var err error
+	for range 12 {
+		if _, err = a.Renew(t.Context(), &agentv1.RenewRequest{Csr: newCSR(t, a.key, nil)}); err != nil {
+			break
+		}
+	}
+	wantLater("renewals", err, "limit_renewals")
+	if _, err := other.Renew(t.Context(), &agentv1.RenewRequest{Csr: newCSR(t, other.key, nil)}); err != nil {
+		t.Errorf("renewal of another agent: %v", err)
+	}
+
+	for range 12 {
+		stream, serr := a.Sync(t.Context())
+		if serr != nil {
+			t.Fatal(serr)
+		}
+		say(t, stream, &agentv1.SyncRequest{Message: &agentv1.SyncRequest_Hello_{Hello: &agentv1.SyncRequest_Hello{}}})
+		if _, err = stream.Recv(); fault.ReasonOf(fault.FromStatus(err)) == "limit_sync_opens" {
+			break
+		}
+	}
+	wantLater("streams", err, "limit_sync_opens")
+	one(t, openSync(t, other, nil))
+
+	for _, reason := range []string{"limit_signatures", "limit_renewals", "limit_sync_opens"} {
+		if n := h.refusals(reason); n < 1 {
+			t.Errorf("%v refusals with %s in the metrics", n, reason)
+		}
+	}
+}
+
+// refusals reads assay_limit_refusals_total of the agents' listener.
+func (h *harness) refusals(reason string) float64 {
+	h.t.Helper()
+	return h.metric("assay_limit_refusals_total", "agents", reason)
+}
+
+// metric sums the series of a counter or gauge that have these label values.
+func (h *harness) metric(name string, values ...string) (sum float64) {
+	h.t.Helper()
+	families, err := h.reg.Gather()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() != name {
+			continue
+		}
+		for _, m := range family.GetMetric() {
+			found := 0
+			for _, label := range m.GetLabel() {
+				for _, value := range values {
+					if label.GetValue() == value {
+						found++
+					}
+				}
+			}
+			if found == len(values) {
+				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			}
+		}
+	}
+	return sum
+}
