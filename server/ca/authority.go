@@ -45,9 +45,17 @@ type authorityRecord struct {
 	ID          string    `json:"id"`
 	State       State     `json:"state"`
 	Certificate []byte    `json:"certificate"` // DER
-	KeyRef      []byte    `json:"key_ref"`
+	KeyRef      []byte    `json:"key_ref"`     // nil once the key is destroyed
 	CreatedAt   time.Time `json:"created_at"`
 	Marks       marks     `json:"marks"`
+	// Published is the sequence of the first bundle with the root, Operation
+	// the rotation that made it.
+	Published uint64 `json:"published"`
+	Operation string `json:"operation"`
+	// HandedBefore is when the last certificate ends that was handed out
+	// without a stream before this root was published.
+	HandedBefore time.Time `json:"handed_before"`
+	Moves        []Move    `json:"moves"` // oldest first
 }
 
 // authority is a record that has been verified.

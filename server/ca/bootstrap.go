@@ -42,9 +42,8 @@ func (a *Authority) makeFirstRoot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The first marks come with the root, so the first certificates need no
-	// further commit.
-	root.record.Marks = a.ahead(time.Now())
+	root.record.Marks.begin(a.ahead(time.Now()))
+	root.record.Published = 1
 	key := rootPrefix + root.record.ID
 	value, err := a.stamp.seal(key, root.record)
 	if err != nil {

@@ -15,6 +15,15 @@ type Root struct {
 	State       State
 	Certificate *x509.Certificate
 	CreatedAt   time.Time
+	Published   uint64 // sequence of the first bundle that has it
+	Moves       []Move // what became of it, oldest first
+	// No end-entity certificate under it that went through an agent ends after
+	// StreamUntil, and none that was handed out without a stream after
+	// HandedUntil.
+	StreamUntil, HandedUntil time.Time
+	// HandedBefore is when the last certificate ends that was handed out
+	// without a stream before this root was published.
+	HandedBefore time.Time
 }
 
 // Bundle is the trust bundle at one sequence: what holders of our SVIDs are
@@ -41,9 +50,17 @@ func (v *view) bundle(td spiffeid.TrustDomain) *Bundle {
 func (v *view) roots() []Root {
 	all := make([]Root, 0, len(v.authorities))
 	for _, one := range v.authorities {
-		all = append(all, Root{ID: one.record.ID, State: one.record.State, Certificate: one.cert, CreatedAt: one.record.CreatedAt})
+		all = append(all, one.root())
 	}
 	return all
+}
+
+func (one *authority) root() Root {
+	r := &one.record
+	return Root{
+		ID: r.ID, State: r.State, Certificate: one.cert, CreatedAt: r.CreatedAt, Published: r.Published, Moves: r.Moves,
+		StreamUntil: r.Marks.Stream, HandedUntil: r.Marks.Handed, HandedBefore: r.HandedBefore,
+	}
 }
 
 // Pool returns the bundle's roots as a pool, a new one for each call.

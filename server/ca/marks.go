@@ -12,13 +12,16 @@ import (
 )
 
 // class sorts end-entity certificates by how it is known whether they are
-// still in use: stream, through an agent that reports what it holds, or other,
-// handed out to somebody who never reports.
+// still in use: stream, through an agent that reports what it holds; handed,
+// given to somebody who never reports; own, the server's, which replaces it by
+// itself when another root becomes active.
 type class int
 
 const (
 	stream class = iota
-	other
+	handed
+	own
+	numClasses
 )
 
 // marks bound the certificates under a root: none of a class ends after its
@@ -26,14 +29,12 @@ const (
 // anything it signed.
 type marks struct {
 	Stream time.Time `json:"stream"`
-	Other  time.Time `json:"other"`
+	Handed time.Time `json:"handed"`
+	Own    time.Time `json:"own"`
 }
 
 func (m *marks) of(c class) *time.Time {
-	if c == other {
-		return &m.Other
-	}
-	return &m.Stream
+	return [numClasses]*time.Time{&m.Stream, &m.Handed, &m.Own}[c]
 }
 
 // include moves the mark of c to t if it lies before.
@@ -45,7 +46,12 @@ func (m *marks) include(c class, t time.Time) {
 
 // covers says whether no mark of need lies after ours.
 func (m marks) covers(need marks) bool {
-	return !need.Stream.After(m.Stream) && !need.Other.After(m.Other)
+	for c := range numClasses {
+		if need.of(c).After(*m.of(c)) {
+			return false
+		}
+	}
+	return true
 }
 
 // ahead returns where marks are raised to at the moment now: past the longest
@@ -56,14 +62,24 @@ func (a *Authority) ahead(now time.Time) marks {
 	}
 	return marks{
 		Stream: at(a.cfg.longestStream(a.agentTTL)),
-		Other:  at(a.cfg.MaxX509SVIDTTL),
+		Handed: at(a.cfg.MaxX509SVIDTTL),
+		Own:    at(a.cfg.MaxX509SVIDTTL),
 	}
+}
+
+// begin raises the marks of a root that becomes active, in the commit that
+// makes it so: the first certificates under it need no further one. Handed
+// waits for the first certificate of its class, since a mark that nothing needs
+// holds up a rotation.
+func (m *marks) begin(ahead marks) {
+	m.include(stream, ahead.Stream)
+	m.include(own, ahead.Own)
 }
 
 // raised returns m with those marks moved ahead that don't cover need. The
 // others stay, so that a class that is not used runs out.
 func (m marks) raised(need, ahead marks) marks {
-	for _, c := range []class{stream, other} {
+	for c := range numClasses {
 		if needed := *need.of(c); needed.After(*m.of(c)) {
 			m.include(c, *ahead.of(c))
 			m.include(c, needed)

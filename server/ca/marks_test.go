@@ -53,7 +53,7 @@ func TestManyIssuesNeedOneRaise(t *testing.T) {
 		if want := time.Now().Add(12*time.Hour + 10*time.Minute); !got.Stream.Equal(want) {
 			t.Errorf("the stream mark is %v, want %v", got.Stream, want)
 		}
-		if !got.Other.Equal(old.Other) {
+		if !got.Own.Equal(old.Own) {
 			t.Error("the mark of a class that signed nothing was raised")
 		}
 		if seq := a.Bundle().Sequence; seq != 1 {

@@ -97,7 +97,7 @@ func newProfiles(td spiffeid.TrustDomain, prefix string, cfg Config, agentTTL ti
 		case Agent:
 			leaf.ttl, leaf.maxTTL = agentTTL, agentTTL
 		case Server:
-			leaf.class = other
+			leaf.class = own
 		}
 		p.leaf[k] = leaf
 	}

@@ -329,7 +329,7 @@ func TestCorruptionAtRunTimeStopsTheServer(t *testing.T) {
 		"record added": func(w *world, _ *Authority) { w.put(store.Write{Key: "authority/x509/0", Value: []byte("\x01{}")}) },
 		"old mark put back": func(w *world, a *Authority) {
 			old := w.raw()[0]
-			if err := a.coverMarks(w.t.Context(), a.Issuer().AuthorityID, marks{Other: time.Now().Add(24 * time.Hour)}); err != nil {
+			if err := a.coverMarks(w.t.Context(), a.Issuer().AuthorityID, marks{Own: time.Now().Add(24 * time.Hour)}); err != nil {
 				w.t.Fatal(err)
 			}
 			w.put(store.Write{Key: old.Key, Value: old.Value})
