@@ -27,7 +27,13 @@ type identity struct {
 	authority *ca.Authority
 	log       *slog.Logger
 	metrics   *metrics
-	leaf      atomic.Pointer[tls.Certificate]
+	leaf      atomic.Pointer[ownLeaf]
+}
+
+// ownLeaf is a certificate with the root that it chains to.
+type ownLeaf struct {
+	tls.Certificate
+	authorityID string
 }
 
 // newIdentity issues the first certificate.
@@ -46,20 +52,25 @@ func (i *identity) certificate() (*tls.Certificate, error) {
 	if leaf == nil || !time.Now().Before(leaf.Leaf.NotAfter) {
 		return nil, fault.New(fault.NotReady, "server_svid_expired", "the server's own certificate has expired and could not be renewed: see its log")
 	}
-	return leaf, nil
+	return &leaf.Certificate, nil
 }
 
-// keepFresh renews at half life, by wall clock, and tries again until it
-// succeeds. Connections that are open keep the certificate they began with.
+// authorityID is the root that the current certificate chains to.
+func (i *identity) authorityID() string { return i.leaf.Load().authorityID }
+
+// keepFresh renews at half life, by wall clock, and at once when another root
+// signs; it tries again until it succeeds. Connections that are open keep the
+// certificate they began with.
 func (i *identity) keepFresh(ctx context.Context) error {
 	var backoff schedule.Backoff
-	leaf := i.leaf.Load().Leaf
-	due := schedule.RenewAt(time.Now(), leaf.NotAfter)
+	leaf := i.leaf.Load()
+	due := schedule.RenewAt(time.Now(), leaf.Leaf.NotAfter)
 	for {
-		if err := schedule.Sleep(ctx, schedule.Tick(leaf.NotAfter.Sub(leaf.NotBefore))); err != nil {
+		if err := i.sleep(ctx, schedule.Tick(leaf.Leaf.NotAfter.Sub(leaf.Leaf.NotBefore))); err != nil {
 			return nil
 		}
-		if time.Now().Before(due) {
+		signs := i.authority.Issuer().AuthorityID
+		if outdated := signs != "" && signs != leaf.authorityID; time.Now().Before(due) && !outdated {
 			continue
 		}
 		if err := i.issue(ctx); err != nil {
@@ -67,14 +78,29 @@ func (i *identity) keepFresh(ctx context.Context) error {
 				return nil
 			}
 			i.log.LogAttrs(ctx, slog.LevelWarn, "server certificate could not be renewed",
-				slog.String("error", err.Error()), slog.Time("not_after", leaf.NotAfter))
-			due = time.Now().Add(backoff.Next())
+				slog.String("error", err.Error()), slog.Time("not_after", leaf.Leaf.NotAfter))
+			if err := schedule.Sleep(ctx, backoff.Next()); err != nil {
+				return nil
+			}
 			continue
 		}
 		backoff.Reset()
-		leaf = i.leaf.Load().Leaf
-		due = schedule.RenewAt(time.Now(), leaf.NotAfter)
+		leaf = i.leaf.Load()
+		due = schedule.RenewAt(time.Now(), leaf.Leaf.NotAfter)
 	}
+}
+
+// sleep ends early when the bundle changes, since that may come with another
+// root that signs.
+func (i *identity) sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-i.authority.Bundle().Replaced():
+	case <-ctx.Done():
+	}
+	return ctx.Err()
 }
 
 // issue makes a key and has our own authority sign for it: there is no other
@@ -96,7 +122,9 @@ func (i *identity) issue(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("parse server certificate: %w", err)
 	}
-	i.leaf.Store(&tls.Certificate{Certificate: svids[0].Chain, PrivateKey: key, Leaf: leaf})
+	i.leaf.Store(&ownLeaf{
+		Certificate: tls.Certificate{Certificate: svids[0].Chain, PrivateKey: key, Leaf: leaf}, authorityID: svids[0].AuthorityID,
+	})
 	i.metrics.svidNotAfter.Set(float64(leaf.NotAfter.Unix()))
 	i.log.LogAttrs(ctx, slog.LevelInfo, "server certificate issued",
 		slog.String("serial", svids[0].Serial), slog.Time("not_after", leaf.NotAfter))

@@ -230,7 +230,9 @@ func (c *Cache) shortestLife() time.Duration {
 }
 
 // setBundle makes b the bundle that everything is served and verified with.
-// Holders of SVIDs under a root that is tainted or gone renew at once.
+// SVIDs under a root that is tainted or gone are replaced at once, those under
+// a retired one each at a moment of its own in a twelfth of its life: a fleet
+// that learns of it in the same second must not ask in the same second.
 func (c *Cache) setBundle(b *state.Bundle) {
 	c.bundle, c.bundleDER, c.verifier = b, b.DER(), newVerifier(b)
 	c.lagging = 0
@@ -240,8 +242,12 @@ func (c *Cache) setBundle(b *state.Bundle) {
 		}
 	}
 	for _, e := range c.entries {
-		if e.svid != nil && !c.trusted(e.svid) {
+		switch {
+		case e.svid == nil:
+		case !c.trusted(e.svid):
 			c.enqueue(e)
+		case c.retired(e.svid) && e.in == &c.timed && e.failures == 0:
+			c.planRenewal(e)
 		}
 	}
 	for _, g := range c.groups {
@@ -253,6 +259,24 @@ func (c *Cache) setBundle(b *state.Bundle) {
 func (c *Cache) trusted(s *SVID) bool {
 	a, ok := c.bundle.Authority(s.AuthorityID)
 	return ok && !a.Tainted
+}
+
+// retired says whether nothing more is signed under an SVID's root.
+func (c *Cache) retired(s *SVID) bool {
+	a, ok := c.bundle.Authority(s.AuthorityID)
+	return ok && a.Retired
+}
+
+// planRenewal puts e into the queue for when its SVID is to be replaced: at the
+// time that was chosen with it, or sooner if its root has been retired since.
+func (c *Cache) planRenewal(e *entry) {
+	at := e.svid.renewAt
+	if c.retired(e.svid) {
+		if soon := schedule.Within(now(), e.svid.life/12); soon.Before(at) {
+			at = soon
+		}
+	}
+	c.postpone(e, at)
 }
 
 // kick wakes the signer.

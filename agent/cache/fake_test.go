@@ -52,6 +52,7 @@ type authority struct {
 	cert, issuer   *x509.Certificate
 	key, issuerKey *ecdsa.PrivateKey
 	tainted        bool
+	retired        bool
 }
 
 func newKey() *ecdsa.PrivateKey { return must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)) }
@@ -191,7 +192,7 @@ func (f *fake) seen() seen {
 func (f *fake) bundle() *agentv1.TrustBundle {
 	b := &agentv1.TrustBundle{TrustDomain: td.Name(), Sequence: f.sequence}
 	for _, a := range f.bundled {
-		b.X509Authorities = append(b.X509Authorities, &agentv1.Authority{Id: a.id(), Certificate: a.cert.Raw, Tainted: a.tainted})
+		b.X509Authorities = append(b.X509Authorities, &agentv1.Authority{Id: a.id(), Certificate: a.cert.Raw, Tainted: a.tainted, Retired: a.retired})
 	}
 	return b
 }
@@ -531,7 +532,9 @@ func (a *agent) stop() {
 func stateBundle(f *fake) (*state.Bundle, error) {
 	var roots []state.Authority
 	for _, a := range f.bundled {
-		roots = append(roots, must(state.ParseAuthority(a.id(), a.cert.Raw, a.tainted)))
+		root := must(state.ParseAuthority(a.id(), a.cert.Raw))
+		root.Tainted, root.Retired = a.tainted, a.retired
+		roots = append(roots, root)
 	}
 	return state.NewBundle(td, f.sequence, true, roots)
 }

@@ -176,7 +176,7 @@ func (c *Cache) restore(r sealedRecord, at time.Time) {
 	e.svid.EntryID, e.svid.ID, e.svid.Hint = f.id, f.spiffeID, f.hint
 	// One that has ended is kept too: it is why there is none to serve.
 	if c.trusted(e.svid) && e.servable(at) {
-		c.postpone(e, e.svid.renewAt)
+		c.planRenewal(e)
 	} else {
 		c.enqueue(e)
 	}

@@ -301,7 +301,7 @@ func (c *Cache) install(e *entry, svid *SVID) {
 	}
 	e.failures = 0
 	e.wait.Reset()
-	c.postpone(e, svid.renewAt)
+	c.planRenewal(e)
 }
 
 // report counts and logs failures; of an entry that fails again and again only

@@ -78,6 +78,60 @@ func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
 	})
 }
 
+// A retired root costs nobody anything: what it signed is replaced within a
+// twelfth of its life, spread over that time, and only once.
+func TestRetiredAuthorityIsLeftWithinAWindow(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		for i := range 100 {
+			f.set(entry(fmt.Sprint(i), fmt.Sprintf("w/%d", i), "unix:uid:1"))
+		}
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		must(s.Snapshot())
+		old, next := f.signer, newAuthority("root 2")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		synctest.Wait()
+		before := len(f.seen().signed)
+		f.with(func() { f.signer = next })
+		f.changeBundle(func() { old.retired = true })
+		under := func(id string) (n int) {
+			for _, svid := range must(s.Snapshot()).SVIDs {
+				if svid.AuthorityID == id {
+					n++
+				}
+			}
+			return n
+		}
+		time.Sleep(150 * time.Second)
+		if n := under(next.id()); n < 20 || n > 80 {
+			t.Errorf("in half of the window %d of 100 SVIDs were replaced", n)
+		}
+		time.Sleep(151 * time.Second)
+		if n := under(old.id()); n != 0 {
+			t.Errorf("after the window %d SVIDs are under the old root", n)
+		}
+		if n := len(f.seen().signed) - before; n != 100 {
+			t.Errorf("%d signatures for 100 SVIDs", n)
+		}
+		// A restart that finds the bundle and old SVIDs goes on where it was.
+		f.with(func() { f.signer = old })
+		f.changeBundle(func() { old.retired, next.retired = false, true })
+		time.Sleep(30 * time.Second)
+		a.stop()
+		a.start()
+		time.Sleep(5*time.Minute + time.Second)
+		again := a.cache.Subscribe(sel("unix:uid:1"))
+		defer again.Close()
+		for _, svid := range must(again.Snapshot()).SVIDs {
+			if svid.AuthorityID == next.id() {
+				t.Fatalf("%v is still under the retired root", svid.ID)
+			}
+		}
+	})
+}
+
 func TestResumesWhereItWas(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		f.chunk = 1 // every snapshot comes in several messages

@@ -52,8 +52,9 @@ func must[T any](v T, err error) T {
 
 // authority is a root that signs.
 type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	cert             *x509.Certificate
+	key              *ecdsa.PrivateKey
+	retired, tainted bool
 }
 
 func newAuthority() *authority {
@@ -188,7 +189,7 @@ func (f *fake) dial(ctx context.Context, address string) (net.Conn, error) {
 func (f *fake) bundle() *agentv1.TrustBundle {
 	b := &agentv1.TrustBundle{TrustDomain: td.Name(), Sequence: f.sequence}
 	for _, a := range f.bundled {
-		b.X509Authorities = append(b.X509Authorities, &agentv1.Authority{Id: hex.EncodeToString(a.cert.SubjectKeyId), Certificate: a.cert.Raw})
+		b.X509Authorities = append(b.X509Authorities, &agentv1.Authority{Id: hex.EncodeToString(a.cert.SubjectKeyId), Certificate: a.cert.Raw, Retired: a.retired, Tainted: a.tainted})
 	}
 	return b
 }

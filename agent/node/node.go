@@ -259,6 +259,7 @@ func (n *Node) keep(ctx context.Context, conn *Conn, id state.Identity) error {
 	wait := schedule.Backoff{Max: min(time.Minute, max(life/20, time.Second))}
 	tick := time.NewTicker(schedule.Tick(life))
 	defer tick.Stop()
+	judged := uint64(0) // sequence of the bundle that due accords with
 	for {
 		select {
 		case <-ctx.Done():
@@ -272,6 +273,10 @@ func (n *Node) keep(ctx context.Context, conn *Conn, id state.Identity) error {
 		now := time.Now().Round(0)
 		if !now.Before(id.NotAfter()) {
 			return errors.Join(errNotAccepted, errExpired)
+		}
+		if b, ok := n.state.Bundle(); ok && b.Sequence != judged {
+			judged = b.Sequence
+			due = earlier(due, leaveBy(id, b, now))
 		}
 		if now.Before(due) {
 			continue
@@ -291,4 +296,31 @@ func (n *Node) keep(ctx context.Context, conn *Conn, id state.Identity) error {
 		n.log.WarnContext(ctx, "could not renew the agent's certificate", slog.String("reason", fault.ReasonOf(err)),
 			slog.String("error", err.Error()), slog.Time("not_after", id.NotAfter()), slog.Time("retry_at", due))
 	}
+}
+
+// leaveWindow is the most of the time over which a fleet replaces its
+// certificates under a retired root.
+const leaveWindow = 5 * time.Minute
+
+// leaveBy is when an identity has to be replaced because of its root: at once
+// under one that is tainted or gone, within a window under a retired one, zero
+// if there is no such reason.
+func leaveBy(id state.Identity, b *state.Bundle, now time.Time) time.Time {
+	root, ok := b.Authority(id.AuthorityID())
+	switch {
+	case !ok || root.Tainted:
+		return now
+	case root.Retired:
+		life := id.NotAfter().Sub(id.Chain[0].NotBefore)
+		return schedule.Within(now, min(leaveWindow, life/12))
+	}
+	return time.Time{}
+}
+
+// earlier is at, unless sooner is set and comes before it.
+func earlier(at, sooner time.Time) time.Time {
+	if !sooner.IsZero() && sooner.Before(at) {
+		return sooner
+	}
+	return at
 }

@@ -83,7 +83,7 @@ func parseTrustBundle(data []byte, td spiffeid.TrustDomain) (*state.Bundle, erro
 	var roots []state.Authority
 	seen := map[string]bool{}
 	for _, der := range ders {
-		root, err := state.ParseAuthority("", der, false)
+		root, err := state.ParseAuthority("", der)
 		if err != nil {
 			return nil, err
 		}
@@ -204,7 +204,7 @@ func (n *Node) fetchPinned(ctx context.Context) (*state.Bundle, error) {
 		return nil, cc.withoutBundle(err)
 	}
 	for _, a := range resp.GetBundle().GetX509Authorities() {
-		root, err := state.ParseAuthority("", a.GetCertificate(), false)
+		root, err := state.ParseAuthority("", a.GetCertificate())
 		if err != nil {
 			continue
 		}

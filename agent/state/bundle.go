@@ -33,6 +33,9 @@ type Authority struct {
 	Certificate *x509.Certificate
 	// Tainted: holders of SVIDs under it renew at once.
 	Tainted bool
+	// Retired: nothing is signed under it any more; holders of SVIDs under it
+	// renew soon, each at a moment of its own.
+	Retired bool
 }
 
 // Bundle is the set of roots of one trust domain. It is not changed after it
@@ -49,7 +52,7 @@ type Bundle struct {
 
 // ParseAuthority checks that der can be a root of a trust domain: a
 // certificate that signs (X509-SVID section 3.2). An empty id is computed.
-func ParseAuthority(id string, der []byte, tainted bool) (Authority, error) {
+func ParseAuthority(id string, der []byte) (Authority, error) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return Authority{}, invalidBundle("a root is not an X.509 certificate", err)
@@ -67,7 +70,7 @@ func ParseAuthority(id string, der []byte, tainted bool) (Authority, error) {
 	case own != "" && id != own:
 		return Authority{}, invalidBundle("a root's ID is not its subject key identifier", nil)
 	}
-	return Authority{ID: id, Certificate: cert, Tainted: tainted}, nil
+	return Authority{ID: id, Certificate: cert}, nil
 }
 
 // NewBundle returns a bundle of the given roots.
@@ -85,10 +88,11 @@ func BundleFrom(td spiffeid.TrustDomain, from *agentv1.TrustBundle) (*Bundle, er
 	}
 	roots := make([]Authority, 0, len(from.GetX509Authorities()))
 	for _, a := range from.GetX509Authorities() {
-		root, err := ParseAuthority(a.GetId(), a.GetCertificate(), a.GetTainted())
+		root, err := ParseAuthority(a.GetId(), a.GetCertificate())
 		if err != nil {
 			return nil, err
 		}
+		root.Tainted, root.Retired = a.GetTainted(), a.GetRetired()
 		roots = append(roots, root)
 	}
 	return NewBundle(td, from.GetSequence(), true, roots)
@@ -166,7 +170,7 @@ func (b *Bundle) Authority(id string) (Authority, bool) {
 func (b *Bundle) Equal(c *Bundle) bool {
 	return b.TrustDomain == c.TrustDomain && b.Sequence == c.Sequence &&
 		slices.EqualFunc(b.Authorities, c.Authorities, func(x, y Authority) bool {
-			return x.ID == y.ID && x.Tainted == y.Tainted && bytes.Equal(x.Certificate.Raw, y.Certificate.Raw)
+			return x.ID == y.ID && x.Tainted == y.Tainted && x.Retired == y.Retired && bytes.Equal(x.Certificate.Raw, y.Certificate.Raw)
 		})
 }
 
@@ -201,12 +205,13 @@ type authorityFile struct {
 	ID          string `json:"id"`
 	Certificate []byte `json:"certificate"`
 	Tainted     bool   `json:"tainted,omitempty"`
+	Retired     bool   `json:"retired,omitempty"`
 }
 
 func encodeBundle(b *Bundle) ([]byte, error) {
 	f := bundleFile{Version: version, TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, Authenticated: b.Authenticated}
 	for _, a := range b.Authorities {
-		f.Authorities = append(f.Authorities, authorityFile{ID: a.ID, Certificate: a.Certificate.Raw, Tainted: a.Tainted})
+		f.Authorities = append(f.Authorities, authorityFile{ID: a.ID, Certificate: a.Certificate.Raw, Tainted: a.Tainted, Retired: a.Retired})
 	}
 	return json.Marshal(f)
 }
@@ -225,10 +230,11 @@ func decodeBundle(data []byte) (*Bundle, error) {
 	}
 	roots := make([]Authority, 0, len(f.Authorities))
 	for _, a := range f.Authorities {
-		root, err := ParseAuthority(a.ID, a.Certificate, a.Tainted)
+		root, err := ParseAuthority(a.ID, a.Certificate)
 		if err != nil {
 			return nil, errors.New(fault.SafeText(err))
 		}
+		root.Tainted, root.Retired = a.Tainted, a.Retired
 		roots = append(roots, root)
 	}
 	b, err := NewBundle(td, f.Sequence, f.Authenticated, roots)

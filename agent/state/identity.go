@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,11 @@ func (i Identity) NotAfter() time.Time {
 		}
 	}
 	return at
+}
+
+// AuthorityID is the ID of the root that the chain leads to.
+func (i Identity) AuthorityID() string {
+	return hex.EncodeToString(i.Chain[len(i.Chain)-1].AuthorityKeyId)
 }
 
 type identityFile struct {

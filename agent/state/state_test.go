@@ -60,7 +60,7 @@ func identity(key *ecdsa.PrivateKey) state.Identity {
 }
 
 func root() state.Authority {
-	return must(state.ParseAuthority("", certificate(newKey(), true, td.ID()).Raw, false))
+	return must(state.ParseAuthority("", certificate(newKey(), true, td.ID()).Raw))
 }
 
 func bundle(sequence uint64, authenticated bool, roots ...state.Authority) *state.Bundle {
@@ -261,10 +261,10 @@ func TestUnusableBundlesAreRefused(t *testing.T) {
 		}
 	}
 	leaf := certificate(newKey(), false, agentID)
-	if _, err := state.ParseAuthority("", leaf.Raw, false); fault.ReasonOf(err) != "bundle_invalid" {
+	if _, err := state.ParseAuthority("", leaf.Raw); fault.ReasonOf(err) != "bundle_invalid" {
 		t.Errorf("a leaf as root: %v", err)
 	}
-	if _, err := state.ParseAuthority(strings.Repeat("0", 40), a.Certificate.Raw, false); fault.ReasonOf(err) != "bundle_invalid" {
+	if _, err := state.ParseAuthority(strings.Repeat("0", 40), a.Certificate.Raw); fault.ReasonOf(err) != "bundle_invalid" {
 		t.Errorf("another ID: %v", err)
 	}
 	if a.ID != hex.EncodeToString(a.Certificate.SubjectKeyId) {

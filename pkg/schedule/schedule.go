@@ -28,6 +28,12 @@ func RenewAt(received, notAfter time.Time) time.Time {
 	return received.Add(life/2 + jitter)
 }
 
+// Within returns a random moment between from and from plus window, without a
+// monotonic part: when one of many does what all have to do soon.
+func Within(from time.Time, window time.Duration) time.Time {
+	return from.Round(0).Add(rand.N(max(window, 1)))
+}
+
 // Tick returns how often to compare the wall clock with a credential of the
 // given lifetime: a twentieth of it, at most 15 s, at least 50 ms.
 func Tick(ttl time.Duration) time.Duration {

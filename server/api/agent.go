@@ -136,7 +136,7 @@ func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypt
 	if err != nil {
 		return nil, err
 	}
-	issued := registry.Issued{Under: under, Serial: svid.Serial, KeyHash: hash, NotAfter: svid.NotAfter}
+	issued := registry.Issued{Under: under, Serial: svid.Serial, KeyHash: hash, NotAfter: svid.NotAfter, Authority: svid.AuthorityID}
 	if err := s.cfg.Registry.RecordIssued(ctx, id, issued); err != nil {
 		return nil, err
 	}

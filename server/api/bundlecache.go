@@ -26,7 +26,7 @@ func (c *bundleCache) message(b *ca.Bundle) *agentv1.TrustBundle {
 	m := &agentv1.TrustBundle{TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence}
 	for _, root := range b.Roots {
 		m.X509Authorities = append(m.X509Authorities, &agentv1.Authority{
-			Id: root.ID, Certificate: root.Certificate.Raw, Tainted: root.State == ca.Tainted,
+			Id: root.ID, Certificate: root.Certificate.Raw, Tainted: root.State == ca.Tainted, Retired: root.State == ca.Retired,
 		})
 	}
 	c.last.Store(&encodedBundle{bundle: b, message: m})

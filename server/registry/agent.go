@@ -32,10 +32,12 @@ type Agent struct {
 	ActiveSerial string // empty until the first SVID is used
 	ActiveKey    string
 	NotAfter     time.Time
+	Authority    string // ID of the root that the active one chains to
 
-	PendingSerial   string
-	PendingKey      string
-	PendingNotAfter time.Time
+	PendingSerial    string
+	PendingKey       string
+	PendingNotAfter  time.Time
+	PendingAuthority string
 
 	Banned      bool
 	CanReattest bool
@@ -44,8 +46,8 @@ type Agent struct {
 	Version string
 }
 
-// ends is when the agent's last valid SVID ends.
-func (a *Agent) ends() time.Time {
+// Ends is when the last SVID ends that the agent may act under.
+func (a *Agent) Ends() time.Time {
 	if a.PendingNotAfter.After(a.NotAfter) {
 		return a.PendingNotAfter
 	}
@@ -118,8 +120,8 @@ func (r *Registry) UseSerial(ctx context.Context, id spiffeid.ID, serial string)
 		case serial != a.PendingSerial:
 			return notActive()
 		}
-		a.ActiveSerial, a.ActiveKey, a.NotAfter = a.PendingSerial, a.PendingKey, a.PendingNotAfter
-		a.PendingSerial, a.PendingKey, a.PendingNotAfter = "", "", time.Time{}
+		a.ActiveSerial, a.ActiveKey, a.NotAfter, a.Authority = a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority
+		a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority = "", "", time.Time{}, ""
 		return nil
 	})
 }
@@ -132,6 +134,8 @@ type Issued struct {
 	Serial   string
 	KeyHash  string
 	NotAfter time.Time
+	// Authority is the ID of the root that it chains to.
+	Authority string
 }
 
 // RecordIssued notes a certificate that was signed for the agent. It becomes
@@ -149,7 +153,7 @@ func (r *Registry) RecordIssued(ctx context.Context, id spiffeid.ID, cert Issued
 		case cert.Under != "" && cert.Under != a.ActiveSerial:
 			return notActive()
 		}
-		a.PendingSerial, a.PendingKey, a.PendingNotAfter = cert.Serial, cert.KeyHash, wall(cert.NotAfter)
+		a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority = cert.Serial, cert.KeyHash, wall(cert.NotAfter), cert.Authority
 		return nil
 	})
 }

@@ -81,7 +81,7 @@ func (m *mirror) summary(now time.Time) summary {
 	defer m.mu.RUnlock()
 	s := summary{revision: m.revision, entries: len(m.entries)}
 	for _, a := range m.agents {
-		ends := a.ends()
+		ends := a.Ends()
 		switch {
 		case a.Banned:
 			s.banned++

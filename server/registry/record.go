@@ -130,18 +130,20 @@ func (r rules) decodeEntry(rec store.Record) (Entry, error) {
 
 // agentRecord is an Agent as the store keeps it.
 type agentRecord struct {
-	ID              string   `json:"id"`
-	Attestor        string   `json:"attestor"`
-	Selectors       []string `json:"selectors,omitempty"`
-	ActiveSerial    string   `json:"active_serial,omitempty"`
-	ActiveKey       string   `json:"active_key,omitempty"`
-	NotAfter        int64    `json:"not_after_ms,omitempty"`
-	PendingSerial   string   `json:"pending_serial,omitempty"`
-	PendingKey      string   `json:"pending_key,omitempty"`
-	PendingNotAfter int64    `json:"pending_not_after_ms,omitempty"`
-	Banned          bool     `json:"banned,omitempty"`
-	CanReattest     bool     `json:"can_reattest,omitempty"`
-	AttestedAt      int64    `json:"attested_at_ms"`
+	ID               string   `json:"id"`
+	Attestor         string   `json:"attestor"`
+	Selectors        []string `json:"selectors,omitempty"`
+	ActiveSerial     string   `json:"active_serial,omitempty"`
+	ActiveKey        string   `json:"active_key,omitempty"`
+	NotAfter         int64    `json:"not_after_ms,omitempty"`
+	PendingSerial    string   `json:"pending_serial,omitempty"`
+	PendingKey       string   `json:"pending_key,omitempty"`
+	PendingNotAfter  int64    `json:"pending_not_after_ms,omitempty"`
+	Authority        string   `json:"authority,omitempty"`
+	PendingAuthority string   `json:"pending_authority,omitempty"`
+	Banned           bool     `json:"banned,omitempty"`
+	CanReattest      bool     `json:"can_reattest,omitempty"`
+	AttestedAt       int64    `json:"attested_at_ms"`
 }
 
 func encodeAgent(a *Agent) ([]byte, error) {
@@ -149,6 +151,7 @@ func encodeAgent(a *Agent) ([]byte, error) {
 		ID: a.ID.String(), Attestor: a.Attestor, Selectors: selectorTexts(a.Selectors),
 		ActiveSerial: a.ActiveSerial, ActiveKey: a.ActiveKey, NotAfter: millis(a.NotAfter),
 		PendingSerial: a.PendingSerial, PendingKey: a.PendingKey, PendingNotAfter: millis(a.PendingNotAfter),
+		Authority: a.Authority, PendingAuthority: a.PendingAuthority,
 		Banned: a.Banned, CanReattest: a.CanReattest, AttestedAt: millis(a.AttestedAt),
 	})
 	if err != nil {
@@ -180,6 +183,7 @@ func (r rules) decodeAgent(rec store.Record) (Agent, error) {
 		ID: id, Attestor: in.Attestor, Selectors: selectors,
 		ActiveSerial: in.ActiveSerial, ActiveKey: in.ActiveKey, NotAfter: fromMillis(in.NotAfter),
 		PendingSerial: in.PendingSerial, PendingKey: in.PendingKey, PendingNotAfter: fromMillis(in.PendingNotAfter),
+		Authority: in.Authority, PendingAuthority: in.PendingAuthority,
 		Banned: in.Banned, CanReattest: in.CanReattest, AttestedAt: fromMillis(in.AttestedAt),
 	}, nil
 }

@@ -843,7 +843,10 @@ type Authority struct {
 	Id          string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Certificate []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	// Holders of SVIDs under a tainted root renew at once.
-	Tainted       bool `protobuf:"varint,3,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	Tainted bool `protobuf:"varint,3,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	// Nothing is signed under a retired root any more. Holders of SVIDs under it
+	// renew soon, each at a moment of its own choice.
+	Retired       bool `protobuf:"varint,4,opt,name=retired,proto3" json:"retired,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -895,6 +898,13 @@ func (x *Authority) GetCertificate() []byte {
 func (x *Authority) GetTainted() bool {
 	if x != nil {
 		return x.Tainted
+	}
+	return false
+}
+
+func (x *Authority) GetRetired() bool {
+	if x != nil {
+		return x.Retired
 	}
 	return false
 }
@@ -1712,11 +1722,12 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\vTrustBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12D\n" +
-	"\x10x509_authorities\x18\x03 \x03(\v2\x19.assay.agent.v1.AuthorityR\x0fx509Authorities\"W\n" +
+	"\x10x509_authorities\x18\x03 \x03(\v2\x19.assay.agent.v1.AuthorityR\x0fx509Authorities\"q\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x18\n" +
-	"\atainted\x18\x03 \x01(\bR\atainted\"\xc5\x01\n" +
+	"\atainted\x18\x03 \x01(\bR\atainted\x12\x18\n" +
+	"\aretired\x18\x04 \x01(\bR\aretired\"\xc5\x01\n" +
 	"\x0fSignX509Request\x12:\n" +
 	"\x05items\x18\x01 \x03(\v2$.assay.agent.v1.SignX509Request.ItemR\x05items\x12A\n" +
 	"\x0ereplaces_until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rreplacesUntil\x1a3\n" +
