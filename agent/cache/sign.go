@@ -254,6 +254,12 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 			j.first = e.failures == 1
 			failed = append(failed, j)
 			c.postpone(e, at.Add(e.wait.Next()))
+		case c.retired(j.svid):
+			// Signed while its root was being retired. Once the bundle that says
+			// so is acknowledged, nothing more may come into use under that root.
+			c.postpone(e, at.Add(e.wait.Next()))
+			c.touch(e)
+			continue
 		default:
 			c.install(e, j.svid)
 			installed = true
