@@ -131,7 +131,7 @@ func TestMethodTableIsTheOnlyWayIn(t *testing.T) {
 	}
 }
 
-// WL-4, WL-5, WL-6, NEG-35: the header is demanded once, exactly, on every
+// WL-4, WL-5, WL-6, D-16, NEG-35: the header is demanded once, exactly, on every
 // path, before the method table is looked at.
 func TestHeaderComesFirst(t *testing.T) {
 	lis, target := unixListener(t)
@@ -172,7 +172,7 @@ func TestHeaderComesFirst(t *testing.T) {
 	}
 }
 
-// WL-24: a handler that ends by its context never sends Canceled.
+// WL-24, CODE-12: a handler that ends by its context never sends Canceled.
 func TestHandlerErrorsBecomeSafeStatuses(t *testing.T) {
 	lis, target := unixListener(t)
 	var result error

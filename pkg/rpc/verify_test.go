@@ -26,7 +26,8 @@ func rawSAN(names ...string) pkix.Extension {
 	return pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Critical: true, Value: der}
 }
 
-// X509-2, X509-3, X509-5, X509-12, X509-33, X509-35, ID-3, ID-5, ID-10, ID-24.
+// X509-2, X509-3, X509-5, X509-12, X509-33, X509-35, ID-3, ID-5, ID-11, ID-18,
+// ID-24, D-1, WL-32, PLAN-1.
 func TestVerifyPeerRefusesWhatIsNoX509SVID(t *testing.T) {
 	ca, foreign := newPKI(t), newPKI(t)
 	cases := map[string]func(*x509.Certificate){
@@ -36,6 +37,9 @@ func TestVerifyPeerRefusesWhatIsNoX509SVID(t *testing.T) {
 		"root path": func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org"}} },
 		"upper-case scheme": func(c *x509.Certificate) {
 			c.URIs, c.ExtraExtensions = nil, []pkix.Extension{rawSAN("SPIFFE://example.org/a")}
+		},
+		"upper-case trust domain": func(c *x509.Certificate) {
+			c.URIs, c.ExtraExtensions = nil, []pkix.Extension{rawSAN("spiffe://EXAMPLE.org/a")}
 		},
 		"bare fragment": func(c *x509.Certificate) {
 			c.URIs, c.ExtraExtensions = nil, []pkix.Extension{rawSAN("spiffe://example.org/a#")}
@@ -49,6 +53,7 @@ func TestVerifyPeerRefusesWhatIsNoX509SVID(t *testing.T) {
 		"keyCertSign":         func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
 		"cRLSign":             func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCRLSign },
 		"no digitalSignature": func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment },
+		"no key usage":        func(c *x509.Certificate) { c.KeyUsage = 0 },
 		"only serverAuth":     func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] },
 		"not yet valid":       func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) },
 		"unknown critical": func(c *x509.Certificate) {
