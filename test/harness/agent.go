@@ -83,7 +83,7 @@ data_dir: %s
 run_dir: %s
 metrics:
   listen: 127.0.0.1:%d
-%s`, TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
+%s`, a.site.TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
 	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
 }
 

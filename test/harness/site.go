@@ -15,13 +15,15 @@ import (
 	"time"
 )
 
-// TrustDomain of every site.
+// TrustDomain of a site that is not told otherwise.
 const TrustDomain = "example.org"
 
 // Site is one trust domain on this machine: a server and the files of it.
 type Site struct {
 	// Bins has the three binaries.
 	Bins string
+	// TrustDomain is example.org unless it is set before the first start.
+	TrustDomain string
 	// More is appended to server.yaml.
 	More string
 	// Port of the server for agents, Ops for metrics; they stay over restarts.
@@ -41,7 +43,7 @@ func NewSite(tb TB, bins, more string) *Site {
 	if err != nil {
 		tb.Fatalf("make a directory: %v", err)
 	}
-	s := &Site{Bins: bins, More: more, tb: tb, dir: dir, ports: map[int]bool{}}
+	s := &Site{Bins: bins, TrustDomain: TrustDomain, More: more, tb: tb, dir: dir, ports: map[int]bool{}}
 	s.Port, s.Ops = s.freePort(), s.freePort()
 	tb.Cleanup(func() {
 		if tb.Failed() {
@@ -128,7 +130,7 @@ admin:
 data_dir: %s
 metrics:
   listen: 127.0.0.1:%d
-%s`, TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), s.File("server/data"), s.Ops, s.More))
+%s`, s.TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), s.File("server/data"), s.Ops, s.More))
 	s.Server = start(s.tb, s.File("server.log"), env, s.bin("assay-server"), "run", "--config", config)
 }
 
