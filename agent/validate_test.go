@@ -62,10 +62,11 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"relative sockets.dir", func(c *Config) { c.Sockets.Dir = "pub" }, "sockets.dir: /"},
 		{"relative token", func(c *Config) { c.JoinTokenFile = "token" }, "join_token_file: /"},
 		{"relative bundle", func(c *Config) { c.Pin, c.TrustBundle = "", "bundle" }, "trust_bundle: /"},
+		{"TCP", func(c *Config) { c.Sockets.Dir = "tcp://0.0.0.0:8081" }, "sockets.dir: /"}, // WL-1, WL-3
 		{"long socket", func(c *Config) { c.Sockets.Dir = "/" + strings.Repeat("x", 100) }, "sockets.dir: /run/assay/public"},
 		{"a socket one byte too long", func(c *Config) {
 			c.Sockets.Dir = "/" + strings.Repeat("x", durable.MaxSocketPath-len("/"+"/api.sock")+1)
-		}, "at most 102 work; set sockets.dir: /run/assay/public"},
+		}, "at most 102 work; set sockets.dir: /run/assay/public"}, // CLIENT-2
 		{"sockets in data_dir", func(c *Config) { c.Sockets.Dir = "/var/lib/assay-agent" }, "sockets.dir: /run/assay/public"},
 		{"sockets below run_dir", func(c *Config) { c.Sockets.Dir = "/run/assay-agent/cache/x/" }, "sockets.dir: /run/assay/public"},
 		{"one directory for both", func(c *Config) { c.RunDir = "/var/lib/assay-agent/" }, "run_dir: /run"},

@@ -141,6 +141,32 @@ func TestSubscriptionsAreToldOfTheirOwnChangesOnly(t *testing.T) {
 	})
 }
 
+// WL-25: a hundred changes while a stream is busy are one message to it.
+func TestManyChangesAreOneNewState(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("0", "w/0", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "w/0")
+		want := []string{"w/0"}
+		for i := 1; i <= 100; i++ {
+			path := fmt.Sprintf("w/%d", i)
+			f.set(entry(fmt.Sprintf("%03d", i), path, "unix:uid:1"))
+			want = append(want, path)
+		}
+		synctest.Wait()
+		if !notified(s) {
+			t.Error("not told")
+		}
+		wantPaths(t, s, want...)
+		if notified(s) {
+			t.Error("told again of the same state")
+		}
+	})
+}
+
 func TestHintAndSelectorChangesNeedNoNewSignature(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		e := entry("1", "web", "unix:uid:1")

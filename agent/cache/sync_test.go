@@ -42,7 +42,7 @@ func TestEntriesThatCantBeServedAreLeftOut(t *testing.T) {
 }
 
 // A taint makes holders renew at once, soonest end first; until the server
-// signs under another root there is no storm.
+// signs under another root there is no storm. // BUN-23
 func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		for i := range 100 {
@@ -226,7 +226,7 @@ func TestReplacedConnectionIsLeftAtOnce(t *testing.T) {
 	})
 }
 
-func TestRolledBackBundleIsRefusedWithTheMessageThatBroughtIt(t *testing.T) {
+func TestRolledBackBundleIsRefusedWithTheMessageThatBroughtIt(t *testing.T) { // BUN-4
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		f.sequence = 5
 		f.set(entry("1", "web", "unix:uid:1"))

@@ -70,7 +70,7 @@ func (f *failing) Selectors(context.Context, attest.Process) (selector.Set, erro
 	return nil, f.err
 }
 
-func TestHeaderComesFirst(t *testing.T) { // WL-4, WL-5, WL-6, NEG-35
+func TestHeaderComesFirst(t *testing.T) { // WL-4, WL-5, WL-6, CODE-1, D-16, NEG-35
 	src := &failing{}
 	e := serve(t, &source{err: errNotSynced}, withSource("x", src))
 	cc := e.conn()
@@ -92,7 +92,7 @@ func TestHeaderComesFirst(t *testing.T) { // WL-4, WL-5, WL-6, NEG-35
 	}
 }
 
-func TestStatusCodes(t *testing.T) { // checklist section 9; WL-10, WL-11, WL-12, WL-19, WL-20
+func TestStatusCodes(t *testing.T) { // CODE-8, CODE-9, CODE-10, D-13, WL-10, WL-11, WL-12, WL-19, WL-20
 	ca := newAuthority(t)
 	broken := ca.snapshot(ca.svid("/a", ""))
 	broken.SVIDs[0].Key = cache.PrivateKey{}

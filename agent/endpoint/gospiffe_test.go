@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -50,7 +51,7 @@ func (atOnce) NewBackoff() workloadapi.Backoff { return atOnce{} }
 func (atOnce) Next() time.Duration             { return time.Millisecond }
 func (atOnce) Reset()                          {}
 
-func TestGoSPIFFEFollows(t *testing.T) { // WL-2, WL-7, WL-24, WL-28, WL-48
+func TestGoSPIFFEFollows(t *testing.T) { // WL-2, WL-7, WL-24, WL-28, WL-48, CODE-12, CLIENT-4, CLIENT-6, CLIENT-7, CLIENT-10
 	ca := newAuthority(t)
 	first := ca.snapshot(ca.svid("/default", "x"), ca.svid("/b", "y"))
 	e := serve(t, &source{snap: first}, withTiming(func(w *timing) { w.hold = time.Millisecond }))
@@ -92,7 +93,7 @@ func TestGoSPIFFEFollows(t *testing.T) { // WL-2, WL-7, WL-24, WL-28, WL-48
 	}
 }
 
-func TestGoSPIFFEOneShots(t *testing.T) {
+func TestGoSPIFFEOneShots(t *testing.T) { // CLIENT-8
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
 	client, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+e.path))
@@ -111,5 +112,76 @@ func TestGoSPIFFEOneShots(t *testing.T) {
 	until(t, "no stream left", func() bool { return e.value("assay_workload_streams") == 0 })
 	if n := e.value("assay_workload_denials_total"); n != 0 {
 		t.Fatalf("%v denials for clients that just left", n)
+	}
+}
+
+// CLIENT-5, CLIENT-11, CLIENT-12, WL-35: a source waits for its first identity,
+// gets it without asking again, and has the first one for default unless it is
+// told how to choose. It costs one connection and one stream.
+func TestGoSPIFFESource(t *testing.T) {
+	ca := newAuthority(t)
+	e := serve(t, &source{err: errNoIdentity}, withTiming(func(w *timing) { w.hold = time.Minute }))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	options := workloadapi.WithClientOptions(workloadapi.WithAddr("unix://" + e.path))
+	type made struct {
+		source *workloadapi.X509Source
+		err    error
+	}
+	ready := make(chan made, 1)
+	go func() {
+		s, err := workloadapi.NewX509Source(ctx, options)
+		ready <- made{s, err}
+	}()
+	until(t, "held", func() bool { return e.value("assay_workload_held") == 1 })
+	e.source.set(ca.snapshot(ca.svid("/old", "x"), ca.svid("/new", "y")), nil)
+	first := <-ready
+	if first.err != nil {
+		t.Fatal(first.err)
+	}
+	defer first.source.Close()
+	if svid, err := first.source.GetX509SVID(); err != nil || svid.ID.Path() != "/old" {
+		t.Errorf("default %v, %v", svid, err)
+	}
+	if n := e.value("assay_workload_streams"); n != 1 {
+		t.Errorf("%v streams", n)
+	}
+	byHint := func(svids []*x509svid.SVID) *x509svid.SVID {
+		for _, s := range svids {
+			if s.Hint == "y" {
+				return s
+			}
+		}
+		return nil
+	}
+	second, err := workloadapi.NewX509Source(ctx, options, workloadapi.WithDefaultX509SVIDPicker(byHint))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if svid, err := second.GetX509SVID(); err != nil || svid.ID.Path() != "/new" {
+		t.Errorf("picked %v, %v", svid, err)
+	}
+	// Both are clients of one process, which costs one pidfd beside the
+	// connections.
+	if streams, files := e.value("assay_workload_streams"), e.value("assay_workload_descriptors"); streams != 2 || files > 4 {
+		t.Errorf("%v streams, %v descriptors for two sources", streams, files)
+	}
+}
+
+// CLIENT-3: a single call doesn't wait for an agent that is not there.
+func TestGoSPIFFEWithoutAnAgent(t *testing.T) {
+	_, err := workloadapi.FetchX509SVID(t.Context(), workloadapi.WithAddr("unix://"+t.TempDir()+"/none.sock"))
+	if statusCode(err) != codes.Unavailable {
+		t.Errorf("%v", err)
+	}
+}
+
+// CLIENT-2: what a client takes for the server's name is nothing to us.
+func TestAnyAuthorityIsAccepted(t *testing.T) {
+	ca := newAuthority(t)
+	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
+	for _, authority := range []string{"localhost", "agent.example:8443", "x"} {
+		recv(t, fetch(t, e.client(grpc.WithAuthority(authority)), withHeader(t)))
 	}
 }

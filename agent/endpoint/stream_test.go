@@ -46,7 +46,7 @@ func wantResponse(t testing.TB, got *workload.X509SVIDResponse, snap *cache.Snap
 	}
 }
 
-func TestFirstMessageIsTheCompleteState(t *testing.T) { // WL-21, WL-22, WL-35, WL-40 to WL-45, WL-47
+func TestFirstMessageIsTheCompleteState(t *testing.T) { // WL-21, WL-22, WL-35, WL-40 to WL-47
 	ca := newAuthority(t)
 	snap := ca.snapshot(ca.svid("/b", ""), ca.svid("/a", "x"), ca.svid("/c", "y"))
 	e := serve(t, &source{snap: snap})
@@ -81,7 +81,7 @@ func TestCallerIsSubscribedByItsSelectors(t *testing.T) { // WL-8, WL-9
 	}
 }
 
-func TestBundles(t *testing.T) { // WL-49, WL-51, WL-52
+func TestBundles(t *testing.T) { // WL-46, WL-49, WL-51, WL-52, BUN-23
 	ca := newAuthority(t)
 	snap := ca.snapshot(ca.svid("/a", ""))
 	e := serve(t, &source{snap: snap})
@@ -106,7 +106,7 @@ func TestBundles(t *testing.T) { // WL-49, WL-51, WL-52
 	}
 }
 
-func TestOnlyChangesAreSent(t *testing.T) { // WL-23, WL-52
+func TestOnlyChangesAreSent(t *testing.T) { // WL-23, WL-52, BUN-23, PLAN-3
 	ca := newAuthority(t)
 	a, b := ca.svid("/a", ""), ca.svid("/b", "")
 	first := ca.snapshot(a, b)
@@ -129,7 +129,7 @@ func TestOnlyChangesAreSent(t *testing.T) { // WL-23, WL-52
 	}
 }
 
-func TestTotalRevocationEndsTheStream(t *testing.T) { // WL-26, WL-28
+func TestTotalRevocationEndsTheStream(t *testing.T) { // WL-26, WL-28, CODE-8, PLAN-3
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
 	stream := fetch(t, e.client(), withHeader(t))
@@ -259,7 +259,7 @@ func TestHeldCallersAreBounded(t *testing.T) {
 	}
 }
 
-func TestShutdownEndsStreamsWithUnavailable(t *testing.T) { // WL-24
+func TestShutdownEndsStreamsWithUnavailable(t *testing.T) { // WL-24, CODE-9, CODE-12
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))}, withTiming(func(w *timing) { w.grace = time.Minute }))
 	c := e.client()

@@ -14,7 +14,7 @@ import (
 
 func statusCode(err error) codes.Code { return status.Code(err) }
 
-func TestIncompleteAnswersAreNotSent(t *testing.T) { // WL-28, WL-31, WL-33, WL-41 to WL-46
+func TestIncompleteAnswersAreNotSent(t *testing.T) { // WL-28, WL-31, WL-33, WL-41 to WL-45, CLIENT-9, PLAN-3
 	ca, other := newAuthority(t), newAuthority(t)
 	cases := map[string]func(*cache.Snapshot){
 		"no SVIDs":              func(s *cache.Snapshot) { s.SVIDs = nil },

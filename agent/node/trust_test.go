@@ -59,7 +59,7 @@ func names(t *testing.T, data string) (string, error) {
 	return strings.Join(names, ","), nil
 }
 
-// BUN-2, BUN-5, BUN-8, BUN-10, BUN-11, BUN-19, BUN-20: what go-spiffe's
+// BUN-2, BUN-5, BUN-8 to BUN-11, BUN-19 to BUN-21, D-6, PLAN-4: what go-spiffe's
 // decoder refuses whole is decoded element by element here.
 func TestSPIFFEBundleElements(t *testing.T) {
 	x5c := func(ders ...[]byte) string {
@@ -92,6 +92,7 @@ func TestSPIFFEBundleElements(t *testing.T) {
 		{"BUN-8 keys missing", `{}`, ""},
 		{"BUN-8 keys null", `{"keys":null}`, ""},
 		{"BUN-8 keys no array", `{"keys":{}}`, ""},
+		{"BUN-21 only JWT keys", `{"keys":[{"kty":"EC","use":"jwt-svid","kid":"a"}]}`, ""},
 		{"BUN-9 nothing usable", `{"keys":[]}`, ""},
 		{"BUN-5 negative sequence", `{"spiffe_sequence":-1,"keys":[` + good + `]}`, ""},
 		{"BUN-5 fraction", `{"spiffe_sequence":1.0,"keys":[` + good + `]}`, ""},

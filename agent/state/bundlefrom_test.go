@@ -15,7 +15,7 @@ import (
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
-func TestBundleFromAServer(t *testing.T) {
+func TestBundleFromAServer(t *testing.T) { // BUN-22
 	a := root()
 	good := &agentv1.TrustBundle{TrustDomain: td.Name(), Sequence: 7, X509Authorities: []*agentv1.Authority{
 		{Id: a.ID, Certificate: a.Certificate.Raw, Tainted: true},

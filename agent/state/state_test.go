@@ -167,7 +167,7 @@ func TestOneProcessPerDirectory(t *testing.T) {
 	wantReason(t, err, "data_dir_locked")
 }
 
-func TestStateOfAnotherTrustDomainIsRefused(t *testing.T) {
+func TestStateOfAnotherTrustDomainIsRefused(t *testing.T) { // BUN-22
 	for _, what := range []string{"identity", "bundle"} {
 		dir := t.TempDir()
 		s := open(t, dir)
@@ -245,7 +245,7 @@ func TestBundleNeverGoesBack(t *testing.T) {
 	}
 }
 
-func TestUnusableBundlesAreRefused(t *testing.T) {
+func TestUnusableBundlesAreRefused(t *testing.T) { // BUN-22
 	s := open(t, t.TempDir())
 	defer func() { _ = s.Close() }()
 	a := root()

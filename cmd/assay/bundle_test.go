@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"math/big"
 	"os"
@@ -64,12 +65,12 @@ func serverWithRoots(t *testing.T, roots []*x509.Certificate) map[string]string 
 	for _, r := range roots {
 		f.bundle.X509Authorities = append(f.bundle.X509Authorities, &types.X509Certificate{Asn1: r.Raw})
 	}
-	f.bundle.SequenceNumber = 1<<63 + 5 // BUN-5: more than a float64 holds
+	f.bundle.SequenceNumber = 1<<63 + 5 // more than a float64 holds
 	return map[string]string{serverSocketEnv: f.start(t)}
 }
 
-// BUN-1, BUN-3, BUN-4, BUN-6, BUN-12, BUN-13, BUN-14, BUN-15, BUN-16, BUN-17,
-// BUN-18, BUN-26: the SPIFFE form, member by member and by another reader.
+// BUN-1, BUN-3, BUN-5, BUN-6, BUN-12, BUN-13, BUN-14, BUN-15, BUN-16, BUN-17,
+// BUN-18, BUN-26, D-7: the SPIFFE form, member by member and by another reader.
 func TestSPIFFEBundleHasExactlyTheMembersOfTheStandard(t *testing.T) {
 	roots := manyRoots(t)
 	got := assay(t, serverWithRoots(t, roots), "bundle", "show", "--format", "spiffe")
@@ -159,7 +160,7 @@ func TestBundleWithABrokenRootIsNotShown(t *testing.T) {
 	}
 }
 
-// BUN-2, BUN-9, BUN-10, BUN-11, BUN-19, BUN-20: what a reader of bundles keeps
+// BUN-2, BUN-9, BUN-10, BUN-11, BUN-19, BUN-20, BUN-21, D-6: what a reader of bundles keeps
 // and what it passes over.
 func TestBundleReaderJudgesEachElementAlone(t *testing.T) {
 	p := newPKI(t)
@@ -182,6 +183,7 @@ func TestBundleReaderJudgesEachElementAlone(t *testing.T) {
 		"no object":               {good + `,7`, 1},
 		"second x5c is passed by": {`{"use":"x509-svid","kty":"EC","x5c":[` + x5c(p.root) + `,` + x5c(other.root) + `]}`, 1},
 		"two":                     {good + `,{"use":"x509-svid","kty":"EC","x5c":[` + x5c(other.root) + `]}`, 2},
+		"only JWT keys":           {`{"use":"jwt-svid","kty":"EC","kid":"a"}`, 0},
 		"nothing":                 {``, 0},
 	}
 	for name, c := range cases {
@@ -267,7 +269,7 @@ func TestVerifyAcceptsAGoodSVID(t *testing.T) {
 	golden(t, "svid_verify.json", assay(t, nil, "svid", "verify", "--svid", svid, "--bundle", pemBundle, "-o", "json").stdout)
 }
 
-// X509-2, X509-5, X509-12, X509-22, X509-27, X509-33: each broken rule ends
+// ID-23, X509-2, X509-5, X509-12, X509-22, X509-27, X509-33: each broken rule ends
 // with 65 and a reason. The rules themselves are tested where they live.
 func TestVerifyRefusesABadSVID(t *testing.T) {
 	p, stranger := newPKI(t), newPKI(t)
@@ -285,6 +287,14 @@ func TestVerifyRefusesABadSVID(t *testing.T) {
 	empty := t.TempDir() + "/empty"
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
+	}
+	// Documents of other kinds, whatever they say about who somebody is.
+	other := func(text string) string {
+		file := t.TempDir() + "/other"
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
 	}
 	leaf, _ := p.leaf(web, nil)
 	mixed := writePEM(t, "mixed.pem", p.root, leaf)
@@ -309,6 +319,9 @@ func TestVerifyRefusesABadSVID(t *testing.T) {
 		"CA without usage":  {good, idle, "", "bundle_invalid", 65},
 		"a root as leaf":    {bundle, bundle, "", "svid_invalid", 65},
 		"another ID":        {good, bundle, "spiffe://example.org/db", "svid_id_mismatch", 65},
+		"a public key":      {other(string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: leaf.RawSubjectPublicKeyInfo}))), bundle, "", "file_malformed", 65},
+		"an SSH key":        {other("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGYtDmM5 spiffe://example.org/web\n"), bundle, "", "file_malformed", 65},
+		"a JWT":             {other("eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJzcGlmZmU6Ly9leGFtcGxlLm9yZy93ZWIifQ.c2ln\n"), bundle, "", "file_malformed", 65},
 		"broken file":       {garbage, bundle, "", "file_malformed", 65},
 		"empty file":        {empty, bundle, "", "file_malformed", 65},
 		"broken bundle":     {good, garbage, "", "file_malformed", 65},

@@ -71,7 +71,7 @@ func (d runningDev) vars() map[string]string {
 func TestDevGivesAnIdentityAndGoesOnWhereItStopped(t *testing.T) {
 	dir := shortDir(t)
 	first := startDev(t, dir)
-	if err := workloadapi.ValidateAddress(first.shape.EndpointSocket); err != nil { // WL-17
+	if err := workloadapi.ValidateAddress(first.shape.EndpointSocket); err != nil { // WL-17, CLIENT-1
 		t.Error(err)
 	}
 	created := assay(t, first.vars(), "entry", "create", "--spiffe-id", "spiffe://example.org/hello",

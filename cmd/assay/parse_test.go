@@ -30,7 +30,7 @@ func leaveDeadSocket(t *testing.T, path string) {
 	}
 }
 
-// WL-17: where the Workload API may be said to be.
+// WL-17, CLIENT-1: where the Workload API may be said to be.
 func TestEndpointAddressesAreThoseOfTheStandard(t *testing.T) {
 	good := map[string]string{
 		"unix:///run/a.sock":     "/run/a.sock",
