@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench generate generate-check released docs zlint lint fmt long fuzz clean
+.PHONY: build demo test check bench conformance generate generate-check released docs zlint lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -39,6 +39,9 @@ check: generate-check lint zlint ## everything that must hold before a commit
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
 	$(GO) run ./test/bench -bin $(BIN) -o docs/bench-results.md
+
+conformance: ## which requirement is proven by which test; also docs/conformance.md
+	$(GO) run ./test/conformance -o docs/conformance.md
 
 generate: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Go code from the .proto files
 	PATH="$(abspath $(TOOLS)):$$PATH" buf format -w

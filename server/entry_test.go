@@ -87,7 +87,7 @@ func TestEntriesOfABatchSucceedOrFailOneByOne(t *testing.T) {
 		{"similar", entry(node, "/there"), codes.AlreadyExists, "entry_exists"},
 		{"twice in the batch", entry(node, "/good"), codes.AlreadyExists, "entry_exists"},
 		{"admin", change(func(e *types.Entry) { e.Admin = true }), codes.InvalidArgument, "entry_admin_unsupported"},
-		{"downstream", change(func(e *types.Entry) { e.Downstream = true }), codes.InvalidArgument, "entry_downstream_unsupported"},
+		{"downstream", change(func(e *types.Entry) { e.Downstream = true }), codes.InvalidArgument, "entry_downstream_unsupported"}, // X509-18
 		{"nil", nil, codes.InvalidArgument, "spiffe_id_invalid"},
 		{"no parent", change(func(e *types.Entry) { e.ParentId = nil }), codes.InvalidArgument, "spiffe_id_invalid"},
 		{"foreign ID", change(func(e *types.Entry) { e.SpiffeId.TrustDomain = "other.org" }), codes.InvalidArgument, "spiffe_id_invalid"},

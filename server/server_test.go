@@ -149,7 +149,7 @@ func TestWorkloadIsNoAgent(t *testing.T) {
 	wantReason(t, "workload", err, fault.Denied, "not_an_agent")
 }
 
-func TestServerSpeaksTLS13OnlyAsItself(t *testing.T) {
+func TestServerSpeaksTLS13OnlyAsItself(t *testing.T) { // X509-11: as a leaf of its own
 	h := start(t)
 	_, err := tls.Dial("tcp", h.server.Addr().String(), &tls.Config{MaxVersion: tls.VersionTLS12, MinVersion: tls.VersionTLS12, InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 	if err == nil {

@@ -17,7 +17,7 @@ var badIDs = map[string]string{
 	"other scheme":              "https://example.org/p",                                // ID-1
 	"no authority":              "spiffe:example.org/p",                                 // ID-1
 	"no scheme":                 "//example.org/p",                                      // ID-1
-	"upper-case scheme":         "SPIFFE://example.org/p",                               // ID-18
+	"upper-case scheme":         "SPIFFE://example.org/p",                               // ID-18, D-1
 	"leading space":             " spiffe://example.org/p",                              // ID-12
 	"empty trust domain":        "spiffe:///p",                                          // ID-2
 	"nothing but scheme":        "spiffe://",                                            // ID-2
@@ -30,7 +30,7 @@ var badIDs = map[string]string{
 	"empty user":                "spiffe://@example.org/p",                              // ID-4
 	"port":                      "spiffe://example.org:80/p",                            // ID-4
 	"empty port":                "spiffe://example.org:/p",                              // ID-4
-	"upper-case trust domain":   "spiffe://EXAMPLE.org/p",                               // ID-5
+	"upper-case trust domain":   "spiffe://EXAMPLE.org/p",                               // ID-5, ID-18, D-1
 	"encoded trust domain":      "spiffe://ex%61mple.org/p",                             // ID-7
 	"IPv6":                      "spiffe://[::1]/p",                                     // ID-8
 	"IPv6 with zone":            "spiffe://[fe80::1%25eth0]/p",                          // ID-8, NEG-1
@@ -91,7 +91,7 @@ func TestParseIDAcceptsEveryID(t *testing.T) {
 	}
 }
 
-func TestParseIDAlphabets(t *testing.T) {
+func TestParseIDAlphabets(t *testing.T) { // CLIENT-17
 	const host = "abcdefghijklmnopqrstuvwxyz0123456789.-_"
 	for c := range 256 {
 		b := string([]byte{byte(c)})

@@ -17,7 +17,7 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-// The corpus of NEG-1: nothing is normalised into something acceptable, and no
+// NEG-1, ID-18: nothing is normalised into something acceptable, and no
 // refusal repeats its input.
 func TestSPIFFEIDsAreTakenInTheirOnlyForm(t *testing.T) {
 	good := &types.SPIFFEID{TrustDomain: "example.org", Path: "/ns/a/sa/b"}

@@ -271,7 +271,7 @@ func inspect(t testing.TB, a *Authority, req X509Request, svid X509SVID) *x509.C
 			svid.Serial, svid.NotBefore, svid.NotAfter, leaf.SerialNumber, leaf.NotBefore, leaf.NotAfter)
 	}
 	if leaf.NotAfter.After(iss.NotAfter) || iss.NotAfter.After(root.NotAfter) || leaf.NotBefore.Before(iss.NotBefore) || iss.NotBefore.Before(root.NotBefore) {
-		t.Error("a certificate lives outside what signed it") // X509-20
+		t.Error("a certificate lives outside what signed it")
 	}
 	return leaf
 }

@@ -29,7 +29,7 @@ import (
 	"github.com/seed-caa81108/assay/server/audit"
 )
 
-func TestEachKindGetsItsCertificate(t *testing.T) {
+func TestEachKindGetsItsCertificate(t *testing.T) { // X509-8, X509-20
 	a := newWorld(t).open()
 	for name, c := range map[string]struct {
 		req  X509Request
@@ -46,7 +46,8 @@ func TestEachKindGetsItsCertificate(t *testing.T) {
 	}
 }
 
-// The contents of every certificate, field by field, and nothing besides.
+// The contents of every certificate, field by field, and nothing besides:
+// nothing that changes, such as labels or selectors. // ID-28
 func TestProfileFields(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -64,14 +65,15 @@ func TestProfileFields(t *testing.T) {
 			cert *x509.Certificate
 			want string
 		}{
-			// ID-20, X509-13, X509-15, X509-16
+			// ID-20, ID-21, X509-13, X509-15, X509-16, X509-17, X509-21, X509-24, X509-25,
+			// X509-28, X509-32, D-2, D-3, D-12
 			"root": {root, `CN=Assay root authority,O=Assay by CN=Assay root authority,O=Assay ECDSA-SHA256
 1999-12-31T23:00:00Z to 2000-12-31T00:00:00Z CA pathlen -1 no-aki
 2.5.29.15 critical 03020106
 2.5.29.19 critical 30030101ff
 2.5.29.14 ski
 2.5.29.17 spiffe://example.org`},
-			// X509-14
+			// X509-13, X509-14, X509-15, X509-24, X509-28, X509-32
 			"issuer": {iss, `CN=Assay issuer,O=Assay by CN=Assay root authority,O=Assay ECDSA-SHA256
 1999-12-31T23:58:00Z to 2000-01-02T00:00:00Z CA pathlen 0 aki
 2.5.29.15 critical 03020106
@@ -79,7 +81,8 @@ func TestProfileFields(t *testing.T) {
 2.5.29.14 ski
 2.5.29.35 aki
 2.5.29.17 spiffe://example.org`},
-			// X509-1, X509-7, X509-10, X509-21, X509-22, X509-23, X509-26, X509-27
+			// X509-1, X509-7, X509-10, X509-21, X509-22, X509-23, X509-24, X509-26,
+			// X509-27, X509-32
 			"bare leaf": {bare, ` by CN=Assay issuer,O=Assay ECDSA-SHA256
 2000-01-01T00:58:00Z to 2000-01-01T02:00:00Z pathlen -1 aki
 2.5.29.15 critical 03020780

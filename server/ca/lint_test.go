@@ -158,11 +158,11 @@ func mutants(t testing.TB) []mutant {
 		{name: "issuer one second", lint: "validity_span", profile: iss, template: func(c *x509.Certificate) { c.NotBefore = c.NotBefore.Add(-time.Second) }},
 		{name: "weak key", lint: "public_key", profile: leaf, template: func(c *x509.Certificate) { c.PublicKey = weak.Public() }},
 		{name: "issuer on P-384", lint: "public_key", profile: iss, template: func(c *x509.Certificate) { c.PublicKey = p384.Public() }},
-		{name: "keyCertSign", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign }},
-		{name: "cRLSign", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCRLSign }},
-		{name: "no digitalSignature", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }},
-		{name: "root digitalSignature", lint: "key_usage", profile: root, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageDigitalSignature }},
-		{name: "issuer keyEncipherment", lint: "key_usage", profile: iss, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageKeyEncipherment }},
+		{name: "keyCertSign", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign }},                   // X509-23
+		{name: "cRLSign", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCRLSign }},                        // X509-23
+		{name: "no digitalSignature", lint: "key_usage", profile: leaf, template: func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement }},        // X509-22
+		{name: "root digitalSignature", lint: "key_usage", profile: root, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageDigitalSignature }}, // X509-25, D-12
+		{name: "issuer keyEncipherment", lint: "key_usage", profile: iss, template: func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageKeyEncipherment }},  // X509-24
 		{name: "key usage not critical", lint: "key_usage_critical", profile: leaf, parsed: critical(oidKeyUsage, false)},
 		{name: "no key usage", lint: "key_usage_critical", profile: root, template: func(c *x509.Certificate) { c.KeyUsage = 0 }},
 		{name: "server only", lint: "ext_key_usage", profile: leaf, template: func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }},
@@ -217,7 +217,7 @@ func mutants(t testing.TB) []mutant {
 	}
 }
 
-// NEG-9: each lint kills its mutants, and nothing flawless.
+// NEG-9, PLAN-1: each lint kills its mutants, and nothing flawless.
 func TestLintsKillTheirMutants(t *testing.T) {
 	b := newBenchPKI(t)
 	killed := map[string]int{}

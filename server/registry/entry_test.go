@@ -39,7 +39,7 @@ func TestEntriesThatBreakARuleAreRefusedAndChangeNothing(t *testing.T) {
 		"sha256 alone":        {func(e *registry.Entry) { e.Selectors = selectors("unix:sha256:00", "k8s:uid:5") }, "selector_too_weak"},
 		"negative TTL":        {func(e *registry.Entry) { e.X509SVIDTTL = -time.Second }, "ttl_out_of_range"},
 		"TTL over the cap":    {func(e *registry.Entry) { e.X509SVIDTTL = time.Hour + time.Second }, "ttl_out_of_range"},
-		"hint too long":       {func(e *registry.Entry) { e.Hint = long(1025) }, "hint_invalid"},
+		"hint too long":       {func(e *registry.Entry) { e.Hint = long(1025) }, "hint_invalid"}, // WL-34
 		"hint not UTF-8":      {func(e *registry.Entry) { e.Hint = "\xff" }, "hint_invalid"},
 		"ended already":       {func(e *registry.Entry) { e.ExpiresAt = time.Now().Add(-time.Minute) }, "expires_at_past"},
 		"ended before 1970":   {func(e *registry.Entry) { e.ExpiresAt = time.Unix(-5, 0) }, "expires_at_invalid"},
@@ -86,7 +86,8 @@ func TestEntryComesBackAsItWasMadeAlsoAfterARestart(t *testing.T) {
 		ParentID:    id("/spire/agent/x509pop/abc"),
 		Selectors:   selector.Set{{Type: "unix", Value: "uid:1000"}, {Type: "k8s", Value: "ns:a:b"}, {Type: "unix", Value: "uid:1000"}},
 		X509SVIDTTL: time.Hour, DNSNames: []string{"web.example.org", "*.web.example.org", "localhost"},
-		Hint: strings.Repeat("ä", 512), ExpiresAt: time.Now().Add(time.Hour), Revision: 17,
+		Hint:      strings.Repeat("ä", 512), // WL-34: 1024 bytes
+		ExpiresAt: time.Now().Add(time.Hour), Revision: 17,
 	}
 	made := create(t, s.Registry, given)[0]
 	if made.ID != given.ID || made.SPIFFEID != given.SPIFFEID || made.ParentID != given.ParentID ||

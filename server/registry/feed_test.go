@@ -38,7 +38,7 @@ func TestFirstUpdateIsTheWholeViewAtOnce(t *testing.T) {
 
 // The time from a commit to the first change is none, that to its followers at
 // most 10 ms. // WL-24: the end of a request is a fault, not its context's error
-func TestFirstChangeGoesOutAtOnceAndFollowersTogether(t *testing.T) {
+func TestFirstChangeGoesOutAtOnceAndFollowersTogether(t *testing.T) { // WL-25
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, t.TempDir())
 		f := s.Follow(node(1), "", 0)

@@ -25,7 +25,7 @@ const shortTTL = `ca:
 `
 
 // Zero failed handshakes while SVIDs of ten seconds are renewed over two
-// restarts of the agent and one of the server.
+// restarts of the agent and one of the server. // CLIENT-7, CLIENT-15, PLAN-2
 func TestHandshakesGoOnOverRestartsAndRenewals(t *testing.T) {
 	renewUnderRestarts(t, 5)
 }

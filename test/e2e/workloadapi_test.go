@@ -69,8 +69,8 @@ var reflections = []string{
 	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 
-// The matrix of checklist section 9 for the Workload API, over raw gRPC on the
-// real socket: WL-4, 5, 6, 10, 11, 12, 14, 20, 28, 48, 50.
+// The matrix of status codes over raw gRPC on the real socket: CODE-1, 8, 9, 10,
+// D-8, D-13, D-16, PLAN-2, WL-4, 5, 6, 10, 11, 12, 14, 20, 28, 48, 50.
 func TestStatusCodes(t *testing.T) {
 	s := newSite(t, "")
 	s.StartServer()
