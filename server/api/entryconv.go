@@ -91,16 +91,11 @@ func entryChange(td spiffeid.TrustDomain, p *types.Entry, mask *types.EntryMask)
 }
 
 func refuseUnsupported(p *types.Entry, mask *types.EntryMask) error {
-	for _, flag := range []struct {
-		set  bool
-		name string
-	}{
-		{mask.GetAdmin() && p.GetAdmin(), "admin"},
-		{mask.GetDownstream() && p.GetDownstream(), "downstream"},
-	} {
-		if flag.set {
-			return fault.New(fault.Invalid, "entry_"+flag.name+"_unsupported", "this server does not support "+flag.name+" entries: leave it out")
-		}
+	switch {
+	case mask.GetAdmin() && p.GetAdmin():
+		return fault.New(fault.Invalid, "entry_admin_unsupported", "this server does not support admin entries: leave it out")
+	case mask.GetDownstream() && p.GetDownstream():
+		return fault.New(fault.Invalid, "entry_downstream_unsupported", "this server does not support downstream entries: leave it out")
 	}
 	return nil
 }
