@@ -37,13 +37,25 @@ const (
 func (t *tool) serverFlags(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().StringVar(&t.socket, "socket", "",
 		"the server's admin socket (default $"+serverSocketEnv+", else "+defaultServerSocket+")")
+	t.remote.flags(cmd)
 	return cmd
 }
 
-// serverConn is a connection to the server's admin socket.
+// localFlags is serverFlags for verbs that no remote operator may use: the
+// remote flags are there to be refused with a reason (localVerb).
+func (t *tool) localFlags(cmd *cobra.Command) *cobra.Command {
+	t.serverFlags(cmd)
+	for _, name := range []string{"server", "identity", "as", "server-id"} {
+		_ = cmd.Flags().MarkHidden(name) // they exist
+	}
+	return cmd
+}
+
+// serverConn is a connection to the server: to its admin socket, or to its
+// port for agents as a remote operator.
 type serverConn struct {
 	conn    *grpc.ClientConn
-	path    string
+	peer    peer
 	admin   adminv1.AdminClient
 	entries spireentry.EntryClient
 	agents  spireagent.AgentClient
@@ -51,7 +63,14 @@ type serverConn struct {
 }
 
 // dialServer prepares a connection; nothing is sent before the first call.
-func (t *tool) dialServer() (*serverConn, error) {
+func (t *tool) dialServer(ctx context.Context) (*serverConn, error) {
+	address, err := t.remoteServer()
+	if err != nil {
+		return nil, err
+	}
+	if address != "" {
+		return t.dialRemote(ctx, address)
+	}
 	path, err := serverSocket(t.socket, t.getenv(serverSocketEnv))
 	if err != nil {
 		return nil, err
@@ -66,13 +85,17 @@ func (t *tool) dialServer() (*serverConn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", path, err)
 	}
+	return newServerConn(conn, peer{name: "the server's admin socket", network: "unix", address: path}), nil
+}
+
+func newServerConn(conn *grpc.ClientConn, p peer) *serverConn {
 	return &serverConn{
-		conn: conn, path: path,
+		conn: conn, peer: p,
 		admin:   adminv1.NewAdminClient(conn),
 		entries: spireentry.NewEntryClient(conn),
 		agents:  spireagent.NewAgentClient(conn),
 		bundles: spirebundle.NewBundleClient(conn),
-	}, nil
+	}
 }
 
 func (s *serverConn) close() { _ = s.conn.Close() }
@@ -102,12 +125,23 @@ func serverSocket(flag, env string) (string, error) {
 // serverVerb makes RunE of a verb that talks to the server.
 func (t *tool) serverVerb(do func(ctx context.Context, s *serverConn, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
-		s, err := t.dialServer()
+		s, err := t.dialServer(cmd.Context())
 		if err != nil {
 			return err
 		}
 		defer s.close()
 		return do(cmd.Context(), s, args)
+	}
+}
+
+// localVerb is serverVerb for what no remote operator may do.
+func (t *tool) localVerb(do func(ctx context.Context, s *serverConn, args []string) error) func(*cobra.Command, []string) error {
+	verb := t.serverVerb(do)
+	return func(cmd *cobra.Command, args []string) error {
+		if err := t.localOnly(cmd); err != nil {
+			return err
+		}
+		return verb(cmd, args)
 	}
 }
 
@@ -117,7 +151,7 @@ func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Co
 	defer cancel()
 	resp, err := call(ctx, req)
 	if err != nil {
-		return resp, callError(ctx, err, peer{name: "the server's admin socket", network: "unix", address: s.path})
+		return resp, callError(ctx, err, s.peer)
 	}
 	return resp, nil
 }
@@ -127,7 +161,10 @@ func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Co
 func callError(ctx context.Context, err error, p peer) error {
 	st, _ := status.FromError(err)
 	if answered(st) {
-		return fault.FromStatus(err)
+		return p.named(fault.FromStatus(err))
+	}
+	if distrust := p.distrust(); distrust != nil && ctx.Err() == nil {
+		return distrust
 	}
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled):

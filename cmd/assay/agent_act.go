@@ -70,14 +70,14 @@ To let a node back in, evict its agent and make it attest anew.
   $ assay agent ban spiffe://example.org/assay/agent/join_token/6d1f...`,
 		Args: someArgs("agent ID"),
 	}
-	cmd.RunE = t.serverVerb(func(ctx context.Context, s *serverConn, args []string) error {
+	cmd.RunE = t.localVerb(func(ctx context.Context, s *serverConn, args []string) error {
 		return t.actOnAgents(args, yes, "Ban %d agent(s), so that they forget their keys?", "banned", func(id spiffeid.ID) error {
 			_, err := ask(ctx, s, s.agents.BanAgent, &spireagent.BanAgentRequest{Id: idToProto(id)})
 			return err
 		})
 	})
 	cmd.Flags().BoolVar(&yes, "yes", false, "don't ask")
-	return t.serverFlags(cmd)
+	return t.localFlags(cmd)
 }
 
 func newAgentEvictCommand(t *tool) *cobra.Command {
@@ -92,11 +92,11 @@ token needs a new token, by which it gets another ID.
   $ assay agent evict spiffe://example.org/assay/agent/join_token/6d1f...`,
 		Args: someArgs("agent ID"),
 	}
-	cmd.RunE = t.serverVerb(func(ctx context.Context, s *serverConn, args []string) error {
+	cmd.RunE = t.localVerb(func(ctx context.Context, s *serverConn, args []string) error {
 		return t.actOnAgents(args, yes, "Evict %d agent(s)?", "evicted", func(id spiffeid.ID) error { return s.evict(ctx, id) })
 	})
 	cmd.Flags().BoolVar(&yes, "yes", false, "don't ask")
-	return t.serverFlags(cmd)
+	return t.localFlags(cmd)
 }
 
 func (s *serverConn) evict(ctx context.Context, id spiffeid.ID) error {
@@ -139,7 +139,7 @@ taken down. Banned agents stay, so that they stay banned.
   $ assay agent purge --older 720h --dry-run`,
 		Args: noArgs,
 	}
-	cmd.RunE = t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
+	cmd.RunE = t.localVerb(func(ctx context.Context, s *serverConn, _ []string) error {
 		if older < 0 {
 			return usageError("--older can't be negative")
 		}
@@ -149,7 +149,7 @@ taken down. Banned agents stay, so that they stay banned.
 	fl.DurationVar(&older, "older", defaultPurgeAge, "how long ago the agent's X.509-SVID must have ended")
 	fl.BoolVar(&dryRun, "dry-run", false, "list whom it would evict, and change nothing")
 	fl.BoolVar(&yes, "yes", false, "don't ask")
-	return t.serverFlags(cmd)
+	return t.localFlags(cmd)
 }
 
 func (t *tool) purgeAgents(ctx context.Context, s *serverConn, before time.Time, yes, dryRun bool) error {

@@ -191,7 +191,7 @@ func (d *dev) newServer() (*server.Server, error) {
 
 // runAgent joins an agent and runs it until ctx ends.
 func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
-	s, err := (&tool{env: d.t.env, socket: srv.AdminSocket()}).dialServer()
+	s, err := (&tool{env: d.t.env, socket: srv.AdminSocket()}).dialServer(ctx)
 	if err != nil {
 		return err
 	}

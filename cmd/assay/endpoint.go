@@ -38,8 +38,10 @@ type endpoint struct {
 
 // endpoint finds the Workload API: explicit configuration first, then the
 // environment (SPIFFE_Workload_Endpoint section 4), then the agent's default.
-func (t *tool) endpoint() (endpoint, error) {
-	from, uri := "--socket", t.socket
+func (t *tool) endpoint() (endpoint, error) { return t.endpointAt("--socket", t.socket) }
+
+// endpointAt is endpoint with what the flag from says, which may be nothing.
+func (t *tool) endpointAt(from, uri string) (endpoint, error) {
 	if uri == "" {
 		from, uri = endpointEnv, t.getenv(endpointEnv)
 	}

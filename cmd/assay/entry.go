@@ -58,7 +58,7 @@ func (e entryShape) ttl() string {
 // until somebody deletes it.
 func (e entryShape) ended(now time.Time) bool { return e.ExpiresAt != nil && !now.Before(*e.ExpiresAt) }
 
-// expires writes the end by this host's clock, which is the server's as well.
+// expires writes the end, judged by the clock of this host.
 func (e entryShape) expires(now time.Time) string {
 	if e.ended(now) {
 		return stampOf(e.ExpiresAt) + " (expired)"

@@ -214,7 +214,7 @@ func TestInterruptedCallSaysSo(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	var out strings.Builder
-	code := run(ctx, env{stdout: &out, stderr: &out, stdin: strings.NewReader(""), getenv: func(string) string { return path }}, []string{"status"})
+	code := run(ctx, env{stdout: &out, stderr: &out, stdin: strings.NewReader(""), getenv: func(string) string { return "" }}, []string{"status", "--socket", path})
 	if code == 0 || !strings.HasPrefix(out.String(), "error: interrupted: ") {
 		t.Errorf("exit %d, %q", code, out.String())
 	}

@@ -6,8 +6,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -19,9 +22,23 @@ type peer struct {
 	// open says that the socket is for everybody, as the agent makes it: who
 	// is kept out is so by something that is wrong.
 	open bool
+
+	// Of a server over the network: who we are to it, who it has to be, and
+	// why the last handshake failed.
+	as, is spiffeid.ID
+	failed *atomic.Pointer[error]
 }
 
 func (p peer) String() string { return p.name + " " + p.address }
+
+// named adds to a refusal whom it is about: which of several identities was
+// used is not told by the command line.
+func (p peer) named(err error) error {
+	if p.as.IsZero() || fault.ReasonOf(err) != "operator_not_allowed" {
+		return err
+	}
+	return reword(err, fault.SafeText(err)+"; it is "+p.as.String())
+}
 
 // reachable tries the peer's address once, to say what is wrong with it.
 func (p peer) reachable() error {
@@ -36,6 +53,8 @@ func (p peer) reachable() error {
 func (p peer) unreachable() error {
 	err := p.reachable()
 	switch {
+	case err == nil && !p.as.IsZero():
+		return fault.New(fault.NotReady, "unavailable", p.String()+" takes connections but ends them: does it know the roots of your certificate, "+p.as.String()+"? See its log")
 	case err == nil:
 		return fault.New(fault.NotReady, "unavailable", p.String()+" takes connections but gives no answer: see its log")
 	case errors.Is(err, fs.ErrNotExist):

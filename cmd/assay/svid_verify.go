@@ -83,7 +83,7 @@ func verifyFiles(svidFile, bundleFile, want string, now time.Time) (verifyShape,
 	if err != nil {
 		return verifyShape{}, err
 	}
-	if err := checkRoots(bundleFile, roots); err != nil {
+	if err := checkRoots("--bundle", bundleFile, roots); err != nil {
 		return verifyShape{}, err
 	}
 	return verify(chain, roots, want, now)
@@ -92,7 +92,7 @@ func verifyFiles(svidFile, bundleFile, want string, now time.Time) (verifyShape,
 // checkRoots refuses a bundle with anything but CA certificates in it: a
 // verifier takes whatever it is given as a root at its word, so that a leaf
 // among the roots would prove itself.
-func checkRoots(file string, roots []*x509.Certificate) error {
+func checkRoots(flag, file string, roots []*x509.Certificate) error {
 	for i, root := range roots {
 		if root.BasicConstraintsValid && root.IsCA && root.KeyUsage&x509.KeyUsageCertSign != 0 {
 			continue
@@ -102,7 +102,7 @@ func checkRoots(file string, roots []*x509.Certificate) error {
 			of = " (" + quote(root.URIs[0].String()) + ")"
 		}
 		return fault.Newf(fault.Invalid, "bundle_invalid",
-			"--bundle %s: certificate %d%s is not a CA certificate, so it can't be a root: are --svid and --bundle swapped?", file, i+1, of)
+			"%s %s: certificate %d%s is not a CA certificate, so it can't be a root: is it a bundle, and not an SVID?", flag, file, i+1, of)
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ mode 0600, and nowhere else.
   $ assay token create --ttl 1h
   $ (umask 077; assay token create -o json | jq -r .token > join.token)`,
 		Args: noArgs,
-		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
+		RunE: t.localVerb(func(ctx context.Context, s *serverConn, _ []string) error {
 			made, err := createToken(ctx, s, ttl)
 			if err != nil {
 				return err
@@ -56,7 +56,7 @@ mode 0600, and nowhere else.
 		}),
 	}
 	cmd.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long the token can be used")
-	return t.serverFlags(cmd)
+	return t.localFlags(cmd)
 }
 
 func (s tokenShape) write(w io.Writer) error {

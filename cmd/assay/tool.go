@@ -27,6 +27,7 @@ type tool struct {
 	env
 	format format
 	socket string
+	remote remoteFlags
 	// started is set once cobra has accepted the command line.
 	started bool
 	// noHelp is why there was no help to show.
@@ -59,8 +60,8 @@ func newRoot(t *tool) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "assay",
 		Short: "Operate and debug an Assay workload CA",
-		Long: `assay talks to an Assay server through its admin socket and to an agent
-through the SPIFFE Workload API.
+		Long: `assay talks to an Assay server through its admin socket, or as a remote operator
+over the network (--server), and to an agent through the SPIFFE Workload API.
 
 Every command takes -o json for scripts. Exit codes: 0 done, 64 wrong usage,
 65 bad data, 69 unavailable or not found, 70 a defect, 73 can't create or

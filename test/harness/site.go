@@ -26,6 +26,8 @@ type Site struct {
 	TrustDomain string
 	// More is appended to server.yaml.
 	More string
+	// RemoteOperators is the server's admin.remote_spiffe_ids.
+	RemoteOperators []string
 	// Port of the server for agents, Ops for metrics; they stay over restarts.
 	Port, Ops int
 	Server    *Process
@@ -127,10 +129,11 @@ seal_key_file: %s
 listen: 127.0.0.1:%d
 admin:
   socket: %s
+  remote_spiffe_ids: [%s]
 data_dir: %s
 metrics:
   listen: 127.0.0.1:%d
-%s`, s.TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), s.File("server/data"), s.Ops, s.More))
+%s`, s.TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), strings.Join(s.RemoteOperators, ", "), s.File("server/data"), s.Ops, s.More))
 	s.Server = start(s.tb, s.File("server.log"), env, s.bin("assay-server"), "run", "--config", config)
 }
 
