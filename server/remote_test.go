@@ -146,8 +146,13 @@ func TestRemoteOperatorCannotMakeOperators(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	nodeOf := func(path string) *types.Entry {
+		e := entry(a.id, path)
+		e.Selectors = []*types.Selector{{Type: "spiffe_id", Value: a.id.String()}}
+		return e
+	}
 	for name, e := range map[string]*types.Entry{
-		"itself elsewhere": entry(other.id, "/ops/ci"), "itself, other selectors": entry(a.id, "/ops/ci", "uid:0"),
+		"an alias of its node": nodeOf("/nodes/all"), "itself elsewhere": entry(other.id, "/ops/ci"), "itself, other selectors": entry(a.id, "/ops/ci", "uid:0"),
 		"another operator": entry(a.id, "/ops/oncall", "uid:5"), "the very entry": entry(a.id, "/ops/ci"), "an alias of nodes": entry(serverID, "/nodes/mine"),
 	} {
 		resp, err := o.entries.BatchCreateEntry(t.Context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{e}})
@@ -172,6 +177,7 @@ func TestRemoteOperatorCannotMakeOperators(t *testing.T) {
 	for name, req := range map[string]*entryv1.BatchUpdateEntryRequest{
 		"to itself":                  {Entries: []*types.Entry{{Id: mine, SpiffeId: ops}}, InputMask: &types.EntryMask{SpiffeId: true}},
 		"to itself, whole":           {Entries: []*types.Entry{whole(mine, entry(other.id, "/ops/ci"))}},
+		"to an alias of its node":    {Entries: []*types.Entry{{Id: mine, Selectors: nodeOf("/x").GetSelectors()}}, InputMask: &types.EntryMask{Selectors: true}},
 		"to an alias":                {Entries: []*types.Entry{{Id: mine, ParentId: protoID(serverID)}}, InputMask: &types.EntryMask{ParentId: true}},
 		"operator's selectors":       {Entries: []*types.Entry{{Id: theirs[0], Selectors: entry(a.id, "/x", "uid:0").GetSelectors()}}, InputMask: &types.EntryMask{Selectors: true}},
 		"operator's parent":          {Entries: []*types.Entry{{Id: theirs[0], ParentId: protoID(other.id)}}, InputMask: &types.EntryMask{ParentId: true}},

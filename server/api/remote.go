@@ -8,6 +8,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/pkg/selector"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -42,17 +43,18 @@ func RemoteMethods(ids []spiffeid.ID, refused Refused) rpc.Methods {
 }
 
 // RemoteGuard keeps remote operators off the entries by which somebody becomes
-// an operator: those for an operator's ID, and those below the server's own
-// ID, which choose the nodes that the entries of another parent are for.
+// an operator: those for an operator's ID, and those about nodes, by which a
+// node gets the entries of another parent. Of the latter there are two forms,
+// below the server's own ID, and with an agent's ID as selector.
 func RemoteGuard(ids []spiffeid.ID, server spiffeid.ID) registry.Guard {
 	return func(e *registry.Entry) error {
 		switch {
 		case slices.Contains(ids, e.SPIFFEID):
 			return fault.New(fault.Denied, "entry_local_only",
 				"an entry for an operator's SPIFFE ID is made, changed and deleted on the server's host only, through its admin socket")
-		case e.ParentID == server:
+		case e.ParentID == server || slices.ContainsFunc(e.Selectors, func(s selector.Selector) bool { return s.Type == "spiffe_id" }):
 			return fault.New(fault.Denied, "entry_local_only",
-				"an entry whose parent is the server is made, changed and deleted on the server's host only, through its admin socket: it may give nodes the entries of operators")
+				"an entry about nodes (its parent is the server, or it has a selector spiffe_id) is made, changed and deleted on the server's host only, through its admin socket: it may give a node the entries of operators")
 		}
 		return nil
 	}
