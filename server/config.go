@@ -132,6 +132,10 @@ type LimitsConfig struct {
 	// SyncRate is how many sync streams per second one agent may open; it may
 	// save up ten seconds' worth. Default 2.
 	SyncRate int `yaml:"sync_streams_per_second_per_agent"`
+	// OperatorRate is how many calls per second a remote operator may make; it
+	// may save up ten seconds' worth. Who comes by the admin socket is not
+	// limited. Default 100.
+	OperatorRate int `yaml:"calls_per_second_per_operator"`
 }
 
 // MetricsConfig is the `metrics` part of Config.

@@ -47,6 +47,7 @@ limits:
   signatures_per_second_per_agent: 100
   renewals_per_second_per_agent: 2
   sync_streams_per_second_per_agent: 3
+  calls_per_second_per_operator: 4
 metrics: {listen: 127.0.0.1:9402}
 log: {level: debug, format: json}
 data_dir: /var/lib/assay-server

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -328,16 +329,18 @@ func entry(parent spiffeid.ID, path string, selectors ...string) *types.Entry {
 // create stores entries that have to be accepted and returns their ids.
 func (o *operator) create(t *testing.T, entries ...*types.Entry) []string {
 	t.Helper()
-	resp, err := o.entries.BatchCreateEntry(t.Context(), &entryv1.BatchCreateEntryRequest{Entries: entries})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ids := make([]string, len(entries))
-	for i, r := range resp.GetResults() {
-		if r.GetStatus().GetCode() != int32(codes.OK) {
-			t.Fatalf("entry %d: %v", i, r.GetStatus())
+	ids := make([]string, 0, len(entries))
+	for batch := range slices.Chunk(entries, 500) {
+		resp, err := o.entries.BatchCreateEntry(t.Context(), &entryv1.BatchCreateEntryRequest{Entries: batch})
+		if err != nil {
+			t.Fatal(err)
 		}
-		ids[i] = r.GetEntry().GetId()
+		for i, r := range resp.GetResults() {
+			if r.GetStatus().GetCode() != int32(codes.OK) {
+				t.Fatalf("entry %d: %v", i, r.GetStatus())
+			}
+			ids = append(ids, r.GetEntry().GetId())
+		}
 	}
 	return ids
 }

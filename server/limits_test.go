@@ -1,8 +1,15 @@
 package server
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
+
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
@@ -45,7 +52,7 @@ func TestOneAgentCannotAskForEverything(t *testing.T) {
 	}
 
 	var err error
-	for range 12 {
+	for range 60 {
 		if _, err = a.Renew(t.Context(), &agentv1.RenewRequest{Csr: newCSR(t, a.key, nil)}); err != nil {
 			break
 		}
@@ -55,12 +62,13 @@ func TestOneAgentCannotAskForEverything(t *testing.T) {
 		t.Errorf("renewal of another agent: %v", err)
 	}
 
-	for range 12 {
+	for range 60 {
 		stream, serr := a.Sync(t.Context())
 		if serr != nil {
 			t.Fatal(serr)
 		}
-		say(t, stream, &agentv1.SyncRequest{Message: &agentv1.SyncRequest_Hello_{Hello: &agentv1.SyncRequest_Hello{}}})
+		// It may be refused before it is sent.
+		_ = stream.Send(&agentv1.SyncRequest{Message: &agentv1.SyncRequest_Hello_{Hello: &agentv1.SyncRequest_Hello{}}})
 		if _, err = stream.Recv(); fault.ReasonOf(fault.FromStatus(err)) == "limit_sync_opens" {
 			break
 		}
@@ -107,4 +115,51 @@ func (h *harness) metric(name string, values ...string) (sum float64) {
 		}
 	}
 	return sum
+}
+
+// NEG-28: what is too much for one call is refused whole, by name, before
+// anything is done, and operators over the network have a rate.
+func TestWhatIsTooMuchForOneCallIsRefused(t *testing.T) {
+	h := start(t, withOperators, func(c *Config) { c.Limits.OperatorRate = 1 })
+	o, a := h.operator(), h.newAgent()
+	many := make([]*types.Entry, 501)
+	ids := make([]string, len(many))
+	for i := range many {
+		many[i], ids[i] = entry(a.id, fmt.Sprint("/", i)), fmt.Sprint(i)
+	}
+	_, err := o.entries.BatchCreateEntry(t.Context(), createOf(many...))
+	wantReason(t, "create 501", err, fault.Exhausted, "limit_batch")
+	_, err = o.entries.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{Entries: many})
+	wantReason(t, "update 501", err, fault.Exhausted, "limit_batch")
+	_, err = o.entries.BatchDeleteEntry(t.Context(), deleteOf(ids...))
+	wantReason(t, "delete 501", err, fault.Exhausted, "limit_batch")
+	if n, err := o.entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil || n.GetCount() != 0 {
+		t.Errorf("%v entries, %v", n, err)
+	}
+	o.create(t, many[:500]...)
+
+	big := entry(a.id, "/big")
+	big.Hint = strings.Repeat("x", 4<<20)
+	// gRPC refuses these before it has read them, in words of its own.
+	if _, err = o.entries.BatchCreateEntry(t.Context(), createOf(big)); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("4 MiB: %v", err)
+	}
+	_, err = a.SignX509(t.Context(), &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: "x", Csr: make([]byte, 4<<20+1)}}})
+	if status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("4 MiB of an agent: %v", err)
+	}
+	if n := h.metric("assay_limit_refusals_total", "admin", "limit_batch"); n != 3 {
+		t.Errorf("%v refusals in the metrics", n)
+	}
+
+	remote := h.remote(h.workload(a, "/ops/ci"))
+	for range 60 {
+		if _, err = remote.entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil {
+			break
+		}
+	}
+	wantReason(t, "many calls at one per second", err, fault.Exhausted, "limit_calls")
+	if _, err := o.entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil {
+		t.Errorf("the admin socket: %v", err)
+	}
 }

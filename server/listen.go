@@ -37,6 +37,9 @@ const (
 	maxAgentMessage = 256 << 10
 	// maxAdminMessage is gRPC's usual limit: operators' tools expect it.
 	maxAdminMessage = 4 << 20
+	// refusalLines is how many refused calls per second the log has of a port
+	// that strangers reach.
+	refusalLines = 20
 	// drainTime is how long calls may take to finish once the server stops.
 	drainTime = 5 * time.Second
 )
@@ -112,7 +115,8 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 			refused:              func(limit string) { s.metrics.rpc.LimitReached("agents", limit) },
 		},
 		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
-		Options: keepalives(),
+		RefusalsPerSecond: refusalLines,
+		Options:           keepalives(),
 	})
 	agentv1.RegisterAgentServer(agents, agentService)
 	remote, err := s.remoteServer(r)

@@ -31,8 +31,9 @@ func (s *Server) remoteServer(r *rooms) (*grpc.Server, error) {
 		return nil, fmt.Errorf("build server ID: %w", err)
 	}
 	srv := rpc.NewServer(rpc.ServerConfig{
-		Name: "operators", Methods: api.RemoteMethods(ids, r.refusals.Report), Creds: doorCreds{},
-		MaxRecvBytes: maxAdminMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
+		Name: "operators", Methods: api.RateLimited(api.RemoteMethods(ids, r.refusals.Report), s.cfg.Limits.OperatorRate), Creds: doorCreds{},
+		RefusalsPerSecond: refusalLines,
+		MaxRecvBytes:      maxAdminMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		Options: keepalives(),
 	})
 	s.registerOperators(srv, r, api.RemoteGuard(ids, own))

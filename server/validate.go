@@ -40,6 +40,7 @@ const (
 	defaultSign      = 2000
 	defaultRenew     = 1
 	defaultSync      = 2
+	defaultOperator  = 100
 )
 
 // Validate returns c with its defaults filled in, or says which field can't be
@@ -86,6 +87,7 @@ func (c Config) withDefaults() Config {
 	setNumber(&c.Limits.SignRate, defaultSign)
 	setNumber(&c.Limits.RenewRate, defaultRenew)
 	setNumber(&c.Limits.SyncRate, defaultSync)
+	setNumber(&c.Limits.OperatorRate, defaultOperator)
 	return c
 }
 
@@ -195,6 +197,7 @@ func (c Config) checkLimits() error {
 		{"signatures_per_second_per_agent", l.SignRate, defaultSign},
 		{"renewals_per_second_per_agent", l.RenewRate, defaultRenew},
 		{"sync_streams_per_second_per_agent", l.SyncRate, defaultSync},
+		{"calls_per_second_per_operator", l.OperatorRate, defaultOperator},
 	} {
 		if n.value < 1 || n.value > 1_000_000 {
 			return badConfig("limits.%s is between 1 and 1000000: set limits.%s: %d", n.field, n.field, n.usual)

@@ -88,6 +88,9 @@ func (s *EntryService) GetEntry(_ context.Context, req *entryv1.GetEntryRequest)
 
 // BatchCreateEntry implements entryv1.EntryServer.
 func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntryRequest) (*entryv1.BatchCreateEntryResponse, error) {
+	if err := checkBatch(len(req.GetEntries())); err != nil {
+		return nil, err
+	}
 	results := make([]registry.EntryResult, len(req.GetEntries()))
 	var good []registry.Entry
 	var of []int
@@ -121,6 +124,9 @@ func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 // BatchUpdateEntry implements entryv1.EntryServer. Without an input mask all
 // fields are replaced.
 func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntryRequest) (*entryv1.BatchUpdateEntryResponse, error) {
+	if err := checkBatch(len(req.GetEntries())); err != nil {
+		return nil, err
+	}
 	mask := req.GetInputMask()
 	if mask == nil {
 		mask = everyField
@@ -159,6 +165,9 @@ func (s *EntryService) update(ctx context.Context, p *types.Entry, mask *types.E
 
 // BatchDeleteEntry implements entryv1.EntryServer.
 func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntryRequest) (*entryv1.BatchDeleteEntryResponse, error) {
+	if err := checkBatch(len(req.GetIds())); err != nil {
+		return nil, err
+	}
 	targets, hashes := make([]audit.Target, len(req.GetIds())), make([]string, len(req.GetIds()))
 	for i, id := range req.GetIds() {
 		targets[i] = namedEntry(id)
@@ -176,6 +185,17 @@ func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 		return nil, err
 	}
 	return resp, nil
+}
+
+// maxBatch is how many entries an operator can make, change or delete in one
+// call: what fits into a message both ways, and does not keep others waiting.
+const maxBatch = 500
+
+func checkBatch(n int) error {
+	if n > maxBatch {
+		return fault.Newf(fault.Exhausted, "limit_batch", "a call may have %d entries: make smaller batches", maxBatch)
+	}
+	return nil
 }
 
 func entryTarget(e *registry.Entry) audit.Target {

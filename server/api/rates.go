@@ -6,6 +6,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/rpc"
 )
 
 // rates limits how much each agent asks for. Agents are known by their
@@ -46,8 +47,24 @@ func (r *rates) sync(agent spiffeid.ID, now time.Time) error {
 	return rated(r.streams, agent, 1, now, "limit_sync_opens", "this agent opens sync streams too often: retry later")
 }
 
-func rated(b *buckets, agent spiffeid.ID, n int, now time.Time, reason, text string) error {
-	if wait := b.take(agent.String(), n, now); wait > 0 {
+// RateLimited is a method table whose callers, known by their SPIFFE ID, may
+// make so many calls per second.
+func RateLimited(methods rpc.Methods, perSecond int) rpc.Methods {
+	calls := newBuckets(perSecond)
+	limited := make(rpc.Methods, len(methods))
+	for method, rule := range methods {
+		limited[method] = func(c rpc.Caller) error {
+			if err := rule(c); err != nil {
+				return err
+			}
+			return rated(calls, c.ID, 1, time.Now(), "limit_calls", "this operator makes too many calls: retry later")
+		}
+	}
+	return limited
+}
+
+func rated(b *buckets, peer spiffeid.ID, n int, now time.Time, reason, text string) error {
+	if wait := b.take(peer.String(), n, now); wait > 0 {
 		return fault.Later(fault.Exhausted, reason, text, wait)
 	}
 	return nil
