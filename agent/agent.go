@@ -71,6 +71,7 @@ type rooms struct {
 	cache    *cache.Cache
 	endpoint *endpoint.Server
 	listener *durable.KeptListener
+	pinning  string // how callers are pinned
 }
 
 // Run opens everything and serves until ctx ends. An error says what could not
@@ -83,7 +84,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	a.rooms.Store(r)
 	a.deps.Log.InfoContext(ctx, "serving the Workload API", slog.String("socket", a.cfg.socket()),
-		slog.String("trust_domain", a.cfg.TrustDomain))
+		slog.String("trust_domain", a.cfg.TrustDomain), slog.String("callers_pinned_by", r.pinning))
 	err = a.serve(ctx, r)
 	a.rooms.Store(nil)
 	return errors.Join(err, r.state.Close())
@@ -120,6 +121,7 @@ func (a *Agent) open() (_ *rooms, err error) {
 	if err != nil {
 		return nil, err
 	}
+	r.pinning = attestor.Mode()
 	if r.endpoint, err = endpoint.New(endpoint.Config{
 		Attestor:  attestor,
 		Subscribe: func(s selector.Set) endpoint.Subscription { return r.cache.Subscribe(s) },

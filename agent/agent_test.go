@@ -130,6 +130,9 @@ func TestAgentJoinsAndServesAWorkload(t *testing.T) {
 	if err != nil || svid.ID.String() != "spiffe://example.org/web" {
 		t.Fatalf("%v, %v", svid, err)
 	}
+	if len(m.log.lines("serving the Workload API", "callers_pinned_by=p")) != 1 {
+		t.Error("the log does not say how callers are pinned")
+	}
 	for path, mode := range map[string]os.FileMode{
 		m.cfg.Sockets.Dir: 0o755 | os.ModeDir, filepath.Join(m.cfg.Sockets.Dir, "api.sock"): 0o666 | os.ModeSocket,
 		m.cfg.DataDir: 0o700 | os.ModeDir, m.cfg.RunDir: 0o700 | os.ModeDir,

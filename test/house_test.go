@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -93,4 +94,21 @@ func TestFilesStayReadable(t *testing.T) {
 			t.Errorf("%s has %d lines, at most %d are readable", path, n, most)
 		}
 	})
+}
+
+// The documents that name tests name real ones.
+func TestDocumentsNameTestsThatExist(t *testing.T) {
+	var source strings.Builder
+	files(t, "_test.go", func(_ string, content []byte) { source.Write(content) })
+	named := 0
+	files(t, ".md", func(path string, content []byte) {
+		for _, name := range regexp.MustCompile("`(Test[A-Z][A-Za-z0-9]*)`").FindAllSubmatch(content, -1) {
+			if named++; !strings.Contains(source.String(), "\nfunc "+string(name[1])+"(") {
+				t.Errorf("%s names %s, which does not exist", path, name[1])
+			}
+		}
+	})
+	if named < 20 {
+		t.Errorf("only %d tests are named: the test proves nothing", named)
+	}
 }

@@ -69,6 +69,20 @@ func TestFirstRootIsMadeOnItsDayOnly(t *testing.T) {
 	}
 }
 
+// NEG-58 b: a machine that has lost its time starts as soon as it has it back;
+// until then it says that its clock is wrong, and not that the CA is.
+func TestClockBeforeTheRootStopsOpen(t *testing.T) {
+	w := newWorld(t)
+	first := w.open()
+	synctest.Test(t, func(t *testing.T) { // where it is the year 2000
+		_, err := Open(t.Context(), w.opts)
+		wantReason(t, err, fault.NotReady, "clock_backwards")
+	})
+	if again := w.open().Bundle(); again.Roots[0].ID != first.Bundle().Roots[0].ID {
+		t.Error("the clock is right again and the root is another")
+	}
+}
+
 func TestExistingRootIsKept(t *testing.T) {
 	w := newWorld(t)
 	first := w.open()

@@ -73,6 +73,10 @@ func (a *Authority) makeIssuer(ctx context.Context, root *authority) (*issuer, e
 		return nil, fault.Newf(fault.Precondition, "ca_expired",
 			"the active root ended at %s: check the clock; if it is right, restore a backup with a newer root", root.cert.NotAfter.Format(time.RFC3339))
 	}
+	if now.Before(root.cert.NotBefore) {
+		return nil, fault.Newf(fault.NotReady, "clock_backwards",
+			"the clock shows a time before the root was made, at %s: correct the server's clock", root.cert.NotBefore.Add(rootBackdate).Format(time.RFC3339))
+	}
 	rootKey, err := a.openRootKey(ctx, root)
 	if err != nil {
 		return nil, err
