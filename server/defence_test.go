@@ -20,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -213,6 +214,18 @@ func TestSecretsAreNowhere(t *testing.T) {
 	told.WriteString(resp.String()) // texts of the items
 	for _, csr := range [][]byte{csrOf("renewal CSR", newSecretKey("renewed key"), nil), named, canaries["nonsense CSR"]} {
 		_, err := a.Renew(t.Context(), &agentv1.RenewRequest{Csr: csr})
+		tell(err)
+	}
+	// CSRs of operators, who may name somebody and nothing else.
+	minting := csrOf("mint CSR", newSecretKey("minted key"), asksFor("/CANARY-minted"))
+	if _, err := o.svids.MintX509SVID(t.Context(), &svidv1.MintX509SVIDRequest{Csr: minting}); err != nil {
+		t.Fatal(err)
+	}
+	subject := csrOf("mint CSR with a subject", newSecretKey("refused key"), asksFor("/x", func(r *x509.CertificateRequest) { r.Subject.CommonName = "CANARY-subject" }))
+	evil := csrOf("mint CSR with no ID", newSecretKey("another refused key"), func(r *x509.CertificateRequest) { r.DNSNames = []string{"CANARY-name"} })
+	canaries["DNS name"] = []byte("CANARY-name")
+	for _, csr := range [][]byte{subject, evil, broken, canaries["nonsense CSR"]} {
+		_, err := o.svids.MintX509SVID(t.Context(), &svidv1.MintX509SVIDRequest{Csr: csr})
 		tell(err)
 	}
 	conn := h.connect(nil)

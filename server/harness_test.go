@@ -23,6 +23,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -181,6 +182,7 @@ type operator struct {
 	entries entryv1.EntryClient
 	agents  spireagentv1.AgentClient
 	bundles bundlev1.BundleClient
+	svids   svidv1.SVIDClient
 	admin   adminv1.AdminClient
 }
 
@@ -193,7 +195,7 @@ func (h *harness) operator() *operator {
 	h.t.Cleanup(func() { _ = conn.Close() })
 	return &operator{
 		conn: conn, entries: entryv1.NewEntryClient(conn), agents: spireagentv1.NewAgentClient(conn),
-		bundles: bundlev1.NewBundleClient(conn), admin: adminv1.NewAdminClient(conn),
+		bundles: bundlev1.NewBundleClient(conn), svids: svidv1.NewSVIDClient(conn), admin: adminv1.NewAdminClient(conn),
 	}
 }
 

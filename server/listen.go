@@ -16,6 +16,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
@@ -153,6 +154,7 @@ func (s *Server) registerOperators(srv *grpc.Server, r *rooms, guards ...registr
 	entryv1.RegisterEntryServer(srv, api.NewEntryService(td, r.registry, r.audit, guards...))
 	spireagentv1.RegisterAgentServer(srv, api.NewAgentAdmin(td, r.registry, r.audit, s.cfg.Attestation.JoinToken.MaxTTL))
 	bundlev1.RegisterBundleServer(srv, api.NewBundleService(r.authority))
+	svidv1.RegisterSVIDServer(srv, api.NewSVIDService(r.authority, r.audit))
 	adminv1.RegisterAdminServer(srv, api.NewAdminService(api.AdminServiceConfig{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
 	}))

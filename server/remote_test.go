@@ -14,6 +14,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -52,7 +53,7 @@ func (h *harness) remote(leaf *tls.Certificate) *operator {
 func operatorOver(conn *grpc.ClientConn) *operator {
 	return &operator{
 		conn: conn, entries: entryv1.NewEntryClient(conn), agents: spireagentv1.NewAgentClient(conn),
-		bundles: bundlev1.NewBundleClient(conn), admin: adminv1.NewAdminClient(conn),
+		bundles: bundlev1.NewBundleClient(conn), svids: svidv1.NewSVIDClient(conn), admin: adminv1.NewAdminClient(conn),
 	}
 }
 
@@ -115,6 +116,8 @@ func TestRemoteOperatorIsRefusedWhatIsLocal(t *testing.T) {
 	wantReason(t, "ban", err, fault.Denied, "local_only")
 	_, err = o.agents.DeleteAgent(t.Context(), &spireagentv1.DeleteAgentRequest{Id: protoID(a.id)})
 	wantReason(t, "evict", err, fault.Denied, "local_only")
+	_, err = o.svids.MintX509SVID(t.Context(), mintOf(t, "/web"))
+	wantReason(t, "mint", err, fault.Denied, "local_only")
 	for path, want := range map[string]codes.Code{
 		agentv1.Agent_SignX509_FullMethodName: codes.Unimplemented, agentv1.Agent_Renew_FullMethodName: codes.Unimplemented,
 		agentv1.Agent_Bundle_FullMethodName: codes.Unimplemented,

@@ -102,7 +102,8 @@ func TestOtherPathFormsAreUnknown(t *testing.T) {
 		}
 	}
 	for _, path := range []string{
-		"/assay.admin.v1.Admin/Status", "/spire.api.server.entry.v1.Entry/ListEntries", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+		"/assay.admin.v1.Admin/Status", "/spire.api.server.entry.v1.Entry/ListEntries", "/spire.api.server.svid.v1.SVID/MintX509SVID",
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 	} {
 		err := conn.Invoke(t.Context(), path, &agentv1.BundleRequest{}, &agentv1.BundleResponse{})
 		wantReason(t, path, err, fault.Denied, "operator_not_allowed")

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -213,6 +214,10 @@ func TestWithoutAuditThereIsNoAnswer(t *testing.T) {
 	wantReason(t, "delete", err, fault.NotReady, "audit_failed")
 	_, err = o.agents.CreateJoinToken(t.Context(), tokenOf(60))
 	wantReason(t, "token", err, fault.NotReady, "audit_failed")
+	_, err = o.svids.MintX509SVID(t.Context(), mintOf(t, "/minted"))
+	wantReason(t, "mint", err, fault.NotReady, "audit_failed")
+	_, err = o.svids.MintX509SVID(t.Context(), &svidv1.MintX509SVIDRequest{})
+	wantReason(t, "refusal of a mint", err, fault.NotReady, "audit_failed")
 
 	if err := os.WriteFile(path, whole, 0o600); err != nil {
 		t.Fatal(err)

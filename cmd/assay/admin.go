@@ -12,6 +12,7 @@ import (
 	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	spireentry "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	spiresvid "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -60,6 +61,7 @@ type serverConn struct {
 	entries spireentry.EntryClient
 	agents  spireagent.AgentClient
 	bundles spirebundle.BundleClient
+	svids   spiresvid.SVIDClient
 }
 
 // dialServer prepares a connection; nothing is sent before the first call.
@@ -95,6 +97,7 @@ func newServerConn(conn *grpc.ClientConn, p peer) *serverConn {
 		entries: spireentry.NewEntryClient(conn),
 		agents:  spireagent.NewAgentClient(conn),
 		bundles: spirebundle.NewBundleClient(conn),
+		svids:   spiresvid.NewSVIDClient(conn),
 	}
 }
 

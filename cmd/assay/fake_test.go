@@ -15,6 +15,7 @@ import (
 	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	spirebundle "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	spireentry "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	spiresvid "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -61,6 +62,7 @@ type fakeServer struct {
 	err      error // every call fails with it
 	writeErr error // every batch of creations fails with it
 	pageSize int   // entries and agents per page; 0 = all
+	mint     func(*spiresvid.MintX509SVIDRequest) *types.X509SVID
 
 	mu      sync.Mutex
 	created []*types.Entry
@@ -89,6 +91,11 @@ type fakeBundles struct {
 	*fakeServer
 }
 
+type fakeSVIDs struct {
+	spiresvid.UnimplementedSVIDServer
+	*fakeServer
+}
+
 // start serves f on a Unix socket.
 func (f *fakeServer) start(t *testing.T) string {
 	return serveUnix(t, func(s *grpc.Server) {
@@ -96,6 +103,7 @@ func (f *fakeServer) start(t *testing.T) string {
 		spireentry.RegisterEntryServer(s, fakeEntries{fakeServer: f})
 		spireagent.RegisterAgentServer(s, fakeAgents{fakeServer: f})
 		spirebundle.RegisterBundleServer(s, fakeBundles{fakeServer: f})
+		spiresvid.RegisterSVIDServer(s, fakeSVIDs{fakeServer: f})
 	})
 }
 
@@ -295,6 +303,13 @@ func (f fakeAgents) CreateJoinToken(_ context.Context, req *spireagent.CreateJoi
 
 func (f fakeBundles) GetBundle(context.Context, *spirebundle.GetBundleRequest) (*types.Bundle, error) {
 	return f.bundle, f.begin()
+}
+
+func (f fakeSVIDs) MintX509SVID(_ context.Context, req *spiresvid.MintX509SVIDRequest) (*spiresvid.MintX509SVIDResponse, error) {
+	if err := f.begin(); err != nil {
+		return nil, err
+	}
+	return &spiresvid.MintX509SVIDResponse{Svid: f.mint(req)}, nil
 }
 
 // fakeAgent is a fake of the Workload API. Each stream gets what script sends.

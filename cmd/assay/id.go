@@ -69,6 +69,9 @@ func seconds(flag string, d time.Duration) (int32, error) {
 	}
 }
 
+// ttlSeconds reads --ttl.
+func ttlSeconds(d time.Duration) (int32, error) { return seconds("--ttl", d) }
+
 // parseMoment reads --expires-at: an RFC 3339 time, or a duration from now.
 func parseMoment(flag, text string, now time.Time) (time.Time, error) {
 	if d, err := time.ParseDuration(text); err == nil {

@@ -23,7 +23,7 @@ func newSVIDCommand(t *tool) *cobra.Command {
 }
 
 // material is one complete answer of the Workload API, cut down to the
-// identities that were asked for.
+// identities that were asked for, or an SVID that was minted.
 type material struct {
 	svids   []*x509svid.SVID // at least one; the first is the default identity
 	bundles []*x509bundle.Bundle

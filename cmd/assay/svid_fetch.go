@@ -16,8 +16,8 @@ import (
 	"github.com/seed-caa81108/assay/pkg/schedule"
 )
 
-// fetchShape is what `svid fetch -o json` prints. Dir and Files are where it
-// was written to; without --dir they are empty.
+// fetchShape is what `svid fetch -o json` and `x509 mint -o json` print. Dir and
+// Files are where it was written to; without --dir or --write they are empty.
 type fetchShape struct {
 	SVIDs   []svidShape  `json:"svids"`
 	Bundles []trustShape `json:"bundles"`
@@ -85,9 +85,24 @@ func (t *tool) fetchSVID(ctx context.Context, f fetchFlags) error {
 	if err != nil {
 		return err
 	}
-	doc := fetchShape{SVIDs: []svidShape{}, Bundles: []trustShape{}, Files: []string{}}
+	var files []string
+	dir := ""
+	if f.dir != "" {
+		if f.positional(m) {
+			t.warn(errSeveral(m))
+		}
+		if dir, files, err = save(f.dir, m); err != nil {
+			return err
+		}
+	}
+	return t.show(m, f.withKey, dir, files)
+}
+
+// show prints m, and to which files of dir it was written.
+func (t *tool) show(m material, withKey bool, dir string, files []string) error {
+	doc := fetchShape{SVIDs: []svidShape{}, Bundles: []trustShape{}, Dir: dir, Files: list(files)}
 	for _, s := range m.svids {
-		shape, err := svidFrom(s, f.withKey)
+		shape, err := svidFrom(s, withKey)
 		if err != nil {
 			return err
 		}
@@ -95,14 +110,6 @@ func (t *tool) fetchSVID(ctx context.Context, f fetchFlags) error {
 	}
 	for _, b := range m.bundles {
 		doc.Bundles = append(doc.Bundles, trustFrom(b))
-	}
-	if f.dir != "" {
-		if f.positional(m) {
-			t.warn(errSeveral(m))
-		}
-		if doc.Dir, doc.Files, err = save(f.dir, m); err != nil {
-			return err
-		}
 	}
 	return t.print(doc, func(w io.Writer) error {
 		if err := m.write(w, time.Now()); err != nil {
@@ -124,17 +131,24 @@ func save(dir string, m material) (abs string, paths []string, err error) {
 		return "", nil, err
 	}
 	defer out.close()
+	paths, err = out.save(m)
+	return out.dir, paths, err
+}
+
+// save writes m and returns the paths of its files.
+func (o *output) save(m material) ([]string, error) {
 	files, err := m.files()
 	if err != nil {
-		return "", nil, err
+		return nil, err
 	}
-	if err := out.publish(files); err != nil {
-		return "", nil, err
+	if err := o.publish(files); err != nil {
+		return nil, err
 	}
-	for _, f := range files {
-		paths = append(paths, filepath.Join(out.dir, f.name))
+	paths := make([]string, len(files))
+	for i, f := range files {
+		paths[i] = filepath.Join(o.dir, f.name)
 	}
-	return out.dir, paths, nil
+	return paths, nil
 }
 
 // fetch asks until there is an answer, a refusal or the timeout. Unavailable

@@ -87,7 +87,7 @@ join_token_file: %[1]s
 // createToken reads first and creates last: a token that could not be printed
 // with its pin would be a secret without a use.
 func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenShape, error) {
-	secs, err := seconds("--ttl", ttl)
+	secs, err := ttlSeconds(ttl)
 	if err != nil {
 		return tokenShape{}, err
 	}

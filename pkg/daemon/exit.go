@@ -34,6 +34,7 @@ var exitByReason = map[string]int{
 	"store_rollback":       exitData,
 	"audit_corrupt":        exitData,
 	"seal_key_exists":      exitCantCreate,
+	"file_exists":          exitCantCreate,
 	"store_commit_unknown": exitIO,
 	"audit_failed":         exitIO,
 	"store_full":           exitCantCreate,

@@ -8,6 +8,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
@@ -122,6 +123,15 @@ func operatorMethods(operator, local rpc.Rule) rpc.Methods {
 		bundlev1.Bundle_BatchUpdateFederatedBundle_FullMethodName: rpc.NotImplemented,
 		bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName:    rpc.NotImplemented,
 		bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName: rpc.NotImplemented,
+
+		svidv1.SVID_MintX509SVID_FullMethodName: local,
+		// The agents' half, a downstream server's, and SVIDs of other kinds.
+		svidv1.SVID_MintJWTSVID_FullMethodName:         rpc.NotImplemented,
+		svidv1.SVID_MintWITSVID_FullMethodName:         rpc.NotImplemented,
+		svidv1.SVID_BatchNewX509SVID_FullMethodName:    rpc.NotImplemented,
+		svidv1.SVID_NewJWTSVID_FullMethodName:          rpc.NotImplemented,
+		svidv1.SVID_BatchNewWITSVID_FullMethodName:     rpc.NotImplemented,
+		svidv1.SVID_NewDownstreamX509CA_FullMethodName: rpc.NotImplemented,
 
 		reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      operator,
 		reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: operator,

@@ -44,22 +44,39 @@ var csrSignatures = []x509.SignatureAlgorithm{
 // csr_extension_forbidden, csr_signature_invalid.
 func ParseCSR(der []byte) (crypto.PublicKey, error) {
 	if len(der) > maxCSR {
-		return nil, fault.Newf(fault.Invalid, "csr_too_large", "the CSR has %d bytes: the limit is %d", len(der), maxCSR)
+		return nil, tooLarge(der)
 	}
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil || !isBare(csr) {
 		return nil, explainCSR(der)
 	}
-	if err := checkKey(csr.PublicKey); err != nil {
+	if err := checkProof(csr); err != nil {
 		return nil, err
 	}
+	return csr.PublicKey, nil
+}
+
+// checkProof says whether the request's key may be certified, and only then
+// whether the request is signed by it.
+func checkProof(csr *x509.CertificateRequest) error {
+	if err := checkKey(csr.PublicKey); err != nil {
+		return err
+	}
 	if !slices.Contains(csrSignatures, csr.SignatureAlgorithm) {
-		return nil, fault.New(fault.Invalid, "csr_signature_invalid", "the CSR is signed with an algorithm that is not allowed: use SHA-256")
+		return fault.New(fault.Invalid, "csr_signature_invalid", "the CSR is signed with an algorithm that is not allowed: use SHA-256")
 	}
 	if err := csr.CheckSignature(); err != nil {
-		return nil, fault.Wrap(fault.Invalid, err, "csr_signature_invalid", "the CSR's signature is not by the key in it")
+		return fault.Wrap(fault.Invalid, err, "csr_signature_invalid", "the CSR's signature is not by the key in it")
 	}
-	return csr.PublicKey, nil
+	return nil
+}
+
+func tooLarge(der []byte) error {
+	return fault.Newf(fault.Invalid, "csr_too_large", "the CSR has %d bytes: the limit is %d", len(der), maxCSR)
+}
+
+func malformed() error {
+	return fault.New(fault.Invalid, "csr_malformed", "the CSR is not one PKCS#10 request in DER")
 }
 
 // isBare says whether the request is nothing but a key and its proof: exactly
@@ -68,12 +85,16 @@ func isBare(csr *x509.CertificateRequest) bool {
 	if !bytes.Equal(csr.RawTBSCertificateRequest, tlv(tagSequence, bareHead, csr.RawSubjectPublicKeyInfo, bareTail)) {
 		return false
 	}
+	return hasThreeElements(csr)
+}
+
+func hasThreeElements(csr *x509.CertificateRequest) bool {
 	var elements []asn1.RawValue
 	rest, err := asn1.Unmarshal(csr.Raw, &elements)
 	return err == nil && len(rest) == 0 && len(elements) == 3
 }
 
-// rawCSR is read when a request is not bare, to say what is wrong with it.
+// rawCSR is the outline of a request.
 type rawCSR struct {
 	Info struct {
 		Version    int
@@ -88,16 +109,8 @@ type rawCSR struct {
 // explainCSR returns the fault for a request that ParseCSR refuses before its
 // signature.
 func explainCSR(der []byte) error {
-	malformed := fault.New(fault.Invalid, "csr_malformed", "the CSR is not one PKCS#10 request in DER")
-	var raw rawCSR
-	if rest, err := asn1.Unmarshal(der, &raw); err != nil || len(rest) > 0 || raw.Info.Version != 0 {
-		return malformed
-	}
-	key, err := x509.ParsePKIXPublicKey(raw.Info.Key.FullBytes)
+	raw, err := outline(der)
 	if err != nil {
-		return keyNotAllowed("it can't be read")
-	}
-	if err := checkKey(key); err != nil {
 		return err
 	}
 	switch {
@@ -108,8 +121,21 @@ func explainCSR(der []byte) error {
 	case len(raw.Info.Attributes) > 0:
 		return fault.New(fault.Invalid, "csr_extension_forbidden", "the CSR asks for extensions or has attributes: leave them out, the server decides the content")
 	default:
-		return malformed
+		return malformed()
 	}
+}
+
+// outline takes a request apart as far as to its key, which it checks.
+func outline(der []byte) (rawCSR, error) {
+	var raw rawCSR
+	if rest, err := asn1.Unmarshal(der, &raw); err != nil || len(rest) > 0 || raw.Info.Version != 0 {
+		return rawCSR{}, malformed()
+	}
+	key, err := x509.ParsePKIXPublicKey(raw.Info.Key.FullBytes)
+	if err != nil {
+		return rawCSR{}, keyNotAllowed("it can't be read")
+	}
+	return raw, checkKey(key)
 }
 
 func asksForSAN(attributes []asn1.RawValue) bool {

@@ -163,6 +163,11 @@ func TestIdentityMustBelongToTheKind(t *testing.T) {
 		"subdomain":                   {Workload, spiffeid.RequireFromString("spiffe://a.example.org/web"), "spiffe_id_foreign"},
 		"root path":                   {Workload, example.ID(), "spiffe_id_invalid"},               // X509-4
 		"workload as server":          {Workload, id("/assay/server"), "spiffe_id_reserved"},       // NEG-3
+		"minted":                      {Minted, id("/web"), ""},                                    //
+		"minted, foreign":             {Minted, foreign, "spiffe_id_foreign"},                      //
+		"minted, root path":           {Minted, example.ID(), "spiffe_id_invalid"},                 //
+		"minted as server":            {Minted, id("/assay/server"), "spiffe_id_reserved"},         //
+		"minted as agent":             {Minted, id("/assay/agent/x/1"), "spiffe_id_reserved"},      //
 		"workload as agent":           {Workload, id("/assay/agent/x/1"), "spiffe_id_reserved"},    //
 		"workload under the prefix":   {Workload, id("/assay/anything"), "spiffe_id_reserved"},     //
 		"workload beside the prefix":  {Workload, id("/assayer/x"), ""},                            //

@@ -132,7 +132,7 @@ func lintAuthority(p Profile, ttl time.Duration, parent *x509.Certificate, paren
 func lintLeaf(p profiles, k Kind, iss *issuer, draw *serials, now time.Time) error {
 	shape := p.leaf[k]
 	path := map[Kind]string{
-		Workload: "/lint", Agent: shape.prefix + "agent/lint", Server: shape.prefix + "server",
+		Workload: "/lint", Agent: shape.prefix + "agent/lint", Server: shape.prefix + "server", Minted: "/lint",
 	}[k]
 	id, err := spiffeid.FromPath(shape.td, path)
 	if err != nil {

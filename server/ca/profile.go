@@ -23,9 +23,10 @@ const (
 	Workload Kind = iota // anything outside the reserved prefix
 	Agent                // <prefix>agent/...
 	Server               // <prefix>server
+	Minted               // as Workload, for a holder of whom no agent reports
 )
 
-var kindNames = [...]string{Workload: "workload", Agent: "agent", Server: "server"}
+var kindNames = [...]string{Workload: "workload", Agent: "agent", Server: "server", Minted: "minted"}
 
 // String returns the kind's name, such as "workload".
 func (k Kind) String() string {
@@ -98,6 +99,8 @@ func newProfiles(td spiffeid.TrustDomain, prefix string, cfg Config, agentTTL ti
 			leaf.ttl, leaf.maxTTL = agentTTL, agentTTL
 		case Server:
 			leaf.class = own
+		case Minted:
+			leaf.class = handed
 		}
 		p.leaf[k] = leaf
 	}
@@ -142,7 +145,7 @@ func (p Profile) checkID(id spiffeid.ID) error {
 		return fault.Newf(fault.Invalid, "spiffe_id_invalid", "the SPIFFE ID has %d bytes: the limit is %d", n, maxIDBytes)
 	}
 	switch p.kind {
-	case Workload:
+	case Workload, Minted:
 		if path == "" {
 			return fault.New(fault.Invalid, "spiffe_id_invalid", "the SPIFFE ID has no path: the trust domain's own ID belongs to its authorities")
 		}

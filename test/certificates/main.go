@@ -13,6 +13,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"flag"
 	"fmt"
 	"os"
@@ -65,6 +66,7 @@ func (c *collector) collect() {
 	c.authorities(s)
 	c.workloads(s, a)
 	c.otherKeys(s, a)
+	c.minted(s)
 	c.complete()
 }
 
@@ -159,6 +161,16 @@ func (c *collector) otherKeys(s *harness.Site, a *harness.Agent) {
 		}
 		c.write(kind, chain[0])
 	}
+}
+
+// minted mints an SVID as an operator does.
+func (c *collector) minted(s *harness.Site) {
+	dir := s.File("minted")
+	s.CLI("x509", "mint", "--spiffe-id", "spiffe://example.org/minted", "--dns", "db.example.org", "--write", dir)
+	data, err := os.ReadFile(filepath.Join(dir, "svid.pem"))
+	c.Must(err)
+	block, _ := pem.Decode(data)
+	c.write("minted", block.Bytes)
 }
 
 // identity reads the agent's own key and chain from its data directory.
