@@ -2,6 +2,7 @@ package api
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -10,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/name"
 	"github.com/seed-caa81108/assay/pkg/selector"
 	"github.com/seed-caa81108/assay/server/registry"
 )
@@ -53,8 +55,8 @@ func entryFilterFromProto(td spiffeid.TrustDomain, p *entryv1.ListEntriesRequest
 		f.Hint = &value
 	}
 	if fed := p.GetByFederatesWith(); fed != nil {
-		if len(fed.GetTrustDomains()) == 0 {
-			return entryFilter{}, fault.New(fault.Invalid, "filter_invalid", "by_federates_with names no trust domain")
+		if err := checkFederatesMatch(fed); err != nil {
+			return entryFilter{}, err
 		}
 		f.none = true // whatever the match, it takes one common trust domain at least
 	}
@@ -62,6 +64,22 @@ func entryFilterFromProto(td spiffeid.TrustDomain, p *entryv1.ListEntriesRequest
 		f.none = true
 	}
 	return f, nil
+}
+
+func checkFederatesMatch(p *types.FederatesWithMatch) error {
+	if len(p.GetTrustDomains()) == 0 {
+		return fault.New(fault.Invalid, "filter_invalid", "by_federates_with names no trust domain")
+	}
+	for _, text := range p.GetTrustDomains() {
+		id, err := name.ParseID("spiffe://" + strings.TrimPrefix(text, "spiffe://"))
+		if err != nil || id.Path() != "" {
+			return fault.New(fault.Invalid, "filter_invalid", "by_federates_with has a name that is not one of a trust domain, as example.org is")
+		}
+	}
+	if _, known := types.FederatesWithMatch_MatchBehavior_name[int32(p.GetMatch())]; !known {
+		return fault.New(fault.Invalid, "filter_invalid", "by_federates_with has a match behaviour that is not known")
+	}
+	return nil
 }
 
 // selectorMatch reads a match on selectors. An empty set would match in ways
@@ -152,5 +170,5 @@ func (f *agentFilter) matches(a *registry.Agent) bool {
 		(f.selectors == nil || matches(a.Selectors, f.selectors, f.match)) &&
 		(f.banned == nil || f.banned.GetValue() == a.Banned) &&
 		(f.canReattest == nil || f.canReattest.GetValue() == a.CanReattest) &&
-		(f.expiresBefore.IsZero() || a.NotAfter.Before(f.expiresBefore))
+		(f.expiresBefore.IsZero() || svidEnd(a).Before(f.expiresBefore))
 }

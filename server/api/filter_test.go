@@ -125,7 +125,7 @@ func TestFiltersThatMeanNothingAreRefused(t *testing.T) {
 
 func TestAgentFilter(t *testing.T) {
 	now := time.Now()
-	agent := registry.Agent{Attestor: "join_token", Selectors: set("a"), NotAfter: now.Add(time.Hour), CanReattest: true}
+	agent := registry.Agent{Attestor: "join_token", Selectors: set("a"), ActiveSerial: "1", NotAfter: now.Add(time.Hour), CanReattest: true}
 	for name, c := range map[string]struct {
 		filter *spireagentv1.ListAgentsRequest_Filter
 		want   bool
