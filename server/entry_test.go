@@ -325,7 +325,6 @@ func TestJoinTokensAreMadeToRule(t *testing.T) {
 		"weak":     {&spireagentv1.CreateJoinTokenRequest{Ttl: 60, Token: "0123456789abcdef"}, "token_weak"},
 		"no ttl":   {&spireagentv1.CreateJoinTokenRequest{}, "ttl_out_of_range"},
 		"long ttl": {&spireagentv1.CreateJoinTokenRequest{Ttl: math.MaxInt32}, "ttl_out_of_range"},
-		"alias":    {&spireagentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: &types.SPIFFEID{TrustDomain: domain, Path: "/alias"}}, "agent_id_unsupported"},
 	} {
 		_, err := o.agents.CreateJoinToken(t.Context(), c.req)
 		wantReason(t, name, err, fault.Invalid, c.reason)

@@ -123,13 +123,21 @@ func (s *AgentAdmin) act(ctx context.Context, action string, of *types.SPIFFEID,
 }
 
 // CreateJoinToken implements spireagentv1.AgentServer. Its value appears in
-// the answer and nowhere else: the registry keeps a hash.
+// the answer and nowhere else: the registry keeps a hash. With agent_id it also
+// makes the entry that gives the agent this ID as an alias.
 func (s *AgentAdmin) CreateJoinToken(ctx context.Context, req *spireagentv1.CreateJoinTokenRequest) (*types.JoinToken, error) {
 	token, err := s.createToken(ctx, req)
-	if aerr := record(ctx, s.audit, audit.Line{
+	lines := []audit.Line{{
 		Origin: origin(ctx), Action: "token.create", Target: audit.Target{AgentID: idText(token.AgentID)},
 		Why: audit.Why{Rule: "operator"}, Result: result(err),
-	}); aerr != nil {
+	}}
+	if token.Alias.ID != "" {
+		lines = append(lines, audit.Line{
+			Origin: origin(ctx), Action: "entry.create", Target: entryTarget(&token.Alias),
+			Why: audit.Why{Rule: "operator", SelectorsHash: selectorsHash(&token.Alias)}, Result: result(err),
+		})
+	}
+	if aerr := record(ctx, s.audit, lines...); aerr != nil {
 		return nil, aerr
 	}
 	if err != nil {
@@ -140,15 +148,18 @@ func (s *AgentAdmin) CreateJoinToken(ctx context.Context, req *spireagentv1.Crea
 
 func (s *AgentAdmin) createToken(ctx context.Context, req *spireagentv1.CreateJoinTokenRequest) (registry.Token, error) {
 	ttl := time.Duration(req.GetTtl()) * time.Second
-	switch {
-	case req.GetAgentId() != nil:
-		return registry.Token{}, fault.New(fault.Invalid, "agent_id_unsupported",
-			"a join token can't be given another agent ID yet: leave agent_id out and use the ID that the agent gets")
-	case ttl <= 0 || ttl > s.maxTTL:
+	if ttl <= 0 || ttl > s.maxTTL {
 		return registry.Token{}, fault.Newf(fault.Invalid, "ttl_out_of_range",
 			"a join token lives between 1s and %v (attestation.join_token.max_ttl)", s.maxTTL)
 	}
-	return s.agents.CreateToken(ctx, req.GetToken(), ttl)
+	if req.GetAgentId() == nil {
+		return s.agents.CreateToken(ctx, req.GetToken(), ttl)
+	}
+	alias, err := idFromProto(s.td, "agent_id", req.GetAgentId())
+	if err != nil {
+		return registry.Token{}, err
+	}
+	return s.agents.CreateTokenWithAlias(ctx, req.GetToken(), ttl, alias)
 }
 
 func (s *AgentAdmin) agentToProto(a *registry.Agent) *types.Agent {

@@ -10,6 +10,9 @@ type change struct {
 	revision int64
 	at       time.Time
 	id       string
+	// relinked: instead, the agent of this parent gained or lost an alias. Its
+	// view has to be sent anew; changes of the parents' logs don't add up to it.
+	relinked bool
 	// uncommitted marks an expiry: it happened after revision and before the
 	// next, so an agent that has revision may or may not know.
 	uncommitted bool

@@ -173,14 +173,22 @@ func (r *Registry) commitTogether(ctx context.Context, drafts []*draft) (int64, 
 	var ifs []store.Precondition
 	var writes []store.Write
 	for _, d := range drafts {
-		index, err := store.Encode(schema, indexRecord{EntryID: d.entry.ID})
-		if err != nil {
-			return 0, fmt.Errorf("encode index: %w", err)
+		if err := d.commit(&ifs, &writes); err != nil {
+			return 0, err
 		}
-		ifs = append(ifs, store.Precondition{Key: entryKey(d.entry.ID)}, store.Precondition{Key: d.similar.key()})
-		writes = append(writes, store.Write{Key: entryKey(d.entry.ID), Value: d.value}, store.Write{Key: d.similar.key(), Value: index})
 	}
 	return r.commit(ctx, ifs, writes)
+}
+
+// commit adds what it takes to store d, if nothing is in its way.
+func (d *draft) commit(ifs *[]store.Precondition, writes *[]store.Write) error {
+	index, err := store.Encode(schema, indexRecord{EntryID: d.entry.ID})
+	if err != nil {
+		return fmt.Errorf("encode index: %w", err)
+	}
+	*ifs = append(*ifs, store.Precondition{Key: entryKey(d.entry.ID)}, store.Precondition{Key: d.similar.key()})
+	*writes = append(*writes, store.Write{Key: entryKey(d.entry.ID), Value: d.value}, store.Write{Key: d.similar.key(), Value: index})
+	return nil
 }
 
 // whoIsThere finds the entry that was in the way of d. The mirror may not have

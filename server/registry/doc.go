@@ -7,6 +7,10 @@
 // loaded; what an agent says about itself is kept as a claim, apart from the
 // records, and is never an input to a decision here.
 //
+// An agent has the entries whose parent is its ID, and those whose parent is an
+// alias of it (alias.go). Its aliases follow from its record and the entries;
+// nobody stores them, and what the agent says is no part of them.
+//
 // The order of steps of a write: check the rules; commit the record together
 // with what must stay unique (an index record for entries, the agent's record
 // for a token) under preconditions; wait until the mirror has seen the commit;

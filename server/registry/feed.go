@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"iter"
 	"slices"
 	"time"
 
@@ -27,18 +28,26 @@ type Update struct {
 	Removed  []string
 }
 
-// Feed follows the entries of one parent ID. It remembers a position in the
-// change log and nothing else, so a slow reader costs no memory: when what it
-// has not read is forgotten, it gets a snapshot. Next is for one goroutine.
+// Feed follows the entries of one agent: those whose parent is its own ID or an
+// alias of it. It remembers positions in the change log and nothing else, so a
+// slow reader costs no memory: when what it has not read is forgotten, it gets
+// a snapshot. So it does when the agent's aliases change. Next is for one
+// goroutine.
 type Feed struct {
 	mirror  *mirror
 	epoch   string
-	parent  *parent
+	parent  *parent // the agent's own
 	wake    chan struct{}
 	started bool
 	resume  int64     // revision to resume from, before started
-	at      uint64    // position of the first change not delivered
+	cursors []cursor  // of its parent and of every alias
 	sent    time.Time // when the last change was delivered
+}
+
+// cursor is the position of the first change of a parent that was not delivered.
+type cursor struct {
+	parent *parent
+	at     uint64
 }
 
 // Follow returns a feed of agent's entries. An agent that has applied an
@@ -105,11 +114,8 @@ func (f *Feed) begin() Update {
 	m := f.mirror
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if f.resume > 0 && f.resume <= m.revision {
-		if at, ok := f.parent.log.since(f.resume); ok {
-			f.at = at
-			return f.delta()
-		}
+	if f.resume > 0 && f.resume <= m.revision && f.seek(f.resume) {
+		return f.delta()
 	}
 	return f.snapshot()
 }
@@ -117,7 +123,7 @@ func (f *Feed) begin() Update {
 func (f *Feed) behind() bool {
 	f.mirror.mu.RLock()
 	defer f.mirror.mu.RUnlock()
-	return f.at < f.parent.log.end()
+	return slices.ContainsFunc(f.cursors, func(c cursor) bool { return c.at < c.parent.log.end() })
 }
 
 func (f *Feed) take() Update {
@@ -126,39 +132,89 @@ func (f *Feed) take() Update {
 	return f.delta()
 }
 
-// delta and snapshot need the mirror's lock, for reading.
+// What follows needs the mirror's lock, for reading.
+
+// seek moves to the first changes that an agent at revision may not have. It
+// says false when some of those are forgotten. That the aliases are others by
+// now is a change of its own, and delta finds it.
+func (f *Feed) seek(revision int64) bool {
+	f.cursors = f.cursors[:0]
+	for p := range f.parent.sources() {
+		at, ok := p.log.since(revision)
+		if !ok {
+			return false
+		}
+		f.cursors = append(f.cursors, cursor{p, at})
+	}
+	return true
+}
+
+// sources yields the parents whose entries the agent of this one has.
+func (p *parent) sources() iter.Seq[*parent] {
+	return func(yield func(*parent) bool) {
+		if !yield(p) {
+			return
+		}
+		for alias := range p.aliases {
+			if !yield(alias) {
+				return
+			}
+		}
+	}
+}
 
 func (f *Feed) delta() Update {
-	changes, ok := f.parent.log.from(f.at)
-	if !ok {
-		return f.snapshot()
-	}
-	f.at = f.parent.log.end()
 	u := Update{Epoch: f.epoch, Revision: f.mirror.revision}
-	seen := make(map[string]bool, len(changes))
-	for _, c := range changes {
-		if c.at.After(u.CommittedAt) {
-			u.CommittedAt = c.at
+	seen := map[string]bool{}
+	for i := range f.cursors {
+		c := &f.cursors[i]
+		changes, ok := c.parent.log.from(c.at)
+		if !ok {
+			return f.snapshot()
 		}
-		if seen[c.id] {
-			continue
+		for _, one := range changes {
+			if one.relinked {
+				return f.snapshot()
+			}
+			if one.at.After(u.CommittedAt) {
+				u.CommittedAt = one.at
+			}
+			if !seen[one.id] {
+				seen[one.id] = true
+				f.add(&u, one.id)
+			}
 		}
-		seen[c.id] = true
-		if it := f.mirror.entries[c.id]; it != nil && it.live && it.ParentID == f.parent.id {
-			u.Entries = append(u.Entries, it.Entry)
-		} else {
-			u.Removed = append(u.Removed, c.id)
-		}
+		c.at = c.parent.log.end()
 	}
 	return u
 }
 
+// add puts into u what has become of an entry for this agent.
+func (f *Feed) add(u *Update, id string) {
+	it := f.mirror.entries[id]
+	if it != nil && it.live {
+		from := f.mirror.parents[it.ParentID.String()]
+		if _, alias := f.parent.aliases[from]; alias || from == f.parent {
+			u.Entries = append(u.Entries, it.Entry)
+			return
+		}
+	}
+	u.Removed = append(u.Removed, id)
+}
+
 func (f *Feed) snapshot() Update {
-	f.at = f.parent.log.end()
 	u := Update{Epoch: f.epoch, Revision: f.mirror.revision, Snapshot: true}
-	u.Entries = make([]Entry, 0, f.parent.view.count)
-	for it := range f.parent.view.after(nil) {
-		u.Entries = append(u.Entries, it.Entry)
+	total := 0
+	for p := range f.parent.sources() {
+		total += p.view.count
+	}
+	u.Entries = make([]Entry, 0, total)
+	f.cursors = f.cursors[:0]
+	for p := range f.parent.sources() {
+		f.cursors = append(f.cursors, cursor{p, p.log.end()})
+		for it := range p.view.after(nil) {
+			u.Entries = append(u.Entries, it.Entry)
+		}
 	}
 	return u
 }

@@ -13,7 +13,8 @@ import (
 type item struct {
 	Entry
 	stored int64 // revision that wrote the record
-	live   bool  // in its parent's view: expired ones are not, nor those for stores
+	live   bool  // in its parent's view: expired ones are not, nor those for stores, nor aliases
+	alias  bool  // about nodes
 }
 
 func byID(a, b *item) int { return strings.Compare(a.ID, b.ID) }
@@ -35,6 +36,7 @@ type agentItem struct {
 // reads need. Writers are the two loops of Registry.Run; a change costs the
 // same however many entries and agents there are.
 type mirror struct {
+	rules    rules
 	mu       sync.RWMutex
 	revision int64
 	entries  map[string]*item
@@ -42,21 +44,26 @@ type mirror struct {
 	similar  map[uint64]*item // by similarity.short
 	parents  map[string]*parent
 	agents   map[string]*agentItem // by SPIFFE ID
-	expiring sorted                // live entries with an end, soonest first
-	expired  sorted                // entries past their end and still stored
+	aliases  aliasIndex
+	expiring sorted // live entries with an end, soonest first
+	expired  sorted // entries past their end and still stored
 	log      changeLog
 	waiters  []waiter
 	// sooner is signalled when the soonest expiry may have changed.
 	sooner chan struct{}
 }
 
-// parent is the view of one parent ID: the entries that an agent of this ID
-// may have. It exists while anything refers to it.
+// parent is the view of one parent ID: the entries that an agent of this ID,
+// or with this ID as an alias, may have. It exists while anything refers to it.
 type parent struct {
 	id    spiffeid.ID
 	view  sorted
 	log   parentLog
-	feeds []*Feed
+	feeds []*Feed // of the agent of this ID
+	// aliases of the agent of this ID, each with the entries that give it.
+	aliases map[*parent][]*item
+	// holders are the agents that have this ID as an alias.
+	holders map[*parent]struct{}
 }
 
 type waiter struct {
@@ -64,10 +71,11 @@ type waiter struct {
 	reached  chan struct{}
 }
 
-func newMirror(changes int) *mirror {
+func newMirror(r rules, changes int) *mirror {
 	return &mirror{
+		rules:   r,
 		entries: map[string]*item{}, ordered: sorted{compare: byID}, similar: map[uint64]*item{},
-		parents: map[string]*parent{}, agents: map[string]*agentItem{},
+		parents: map[string]*parent{}, agents: map[string]*agentItem{}, aliases: newAliasIndex(),
 		expiring: sorted{compare: byExpiry}, expired: sorted{compare: byExpiry},
 		log: changeLog{limit: changes}, sooner: make(chan struct{}, 1),
 	}
@@ -102,13 +110,13 @@ func (m *mirror) fill(d delta, floor int64, now time.Time) {
 	for _, it := range d.entries {
 		m.attach(it, now)
 	}
+	for _, a := range d.agents {
+		m.putAgent(a, nil)
+	}
 	if m.expired.count > 0 {
 		floor++ // some may have ended while no server was there to tell
 	}
 	m.forgetBefore(floor)
-	for _, a := range d.agents {
-		m.agents[a.ID.String()] = a
-	}
 	m.advance(d.revision)
 }
 
@@ -125,31 +133,32 @@ func (m *mirror) forgetBefore(revision int64) {
 func (m *mirror) apply(d delta, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	c := change{revision: d.revision, at: d.at}
 	for _, it := range d.entries {
 		if old := m.entries[it.ID]; old == nil || old.stored < it.stored {
-			m.replace(old, it, d, now)
+			m.replace(old, it, c, now)
 		}
 	}
 	for _, id := range d.gone {
 		if old := m.entries[id]; old != nil && old.stored < d.revision {
-			m.replace(old, nil, d, now)
+			m.replace(old, nil, c, now)
 		}
 	}
 	for _, a := range d.agents {
 		if old := m.agents[a.ID.String()]; old == nil || old.stored < a.stored {
-			m.agents[a.ID.String()] = a
+			m.putAgent(a, &c)
 		}
 	}
 	for _, id := range d.left {
 		if old := m.agents[id]; old != nil && old.stored < d.revision {
-			delete(m.agents, id)
+			m.removeAgent(old, &c)
 		}
 	}
 	m.advance(d.revision)
 }
 
 // replace puts next in the place of old; either may be nil, not both.
-func (m *mirror) replace(old, next *item, d delta, now time.Time) {
+func (m *mirror) replace(old, next *item, c change, now time.Time) {
 	if old != nil {
 		m.detach(old)
 	}
@@ -157,25 +166,29 @@ func (m *mirror) replace(old, next *item, d delta, now time.Time) {
 		m.attach(next, now)
 	}
 	oldLive, nextLive := old != nil && old.live, next != nil && next.live
-	switch {
-	case oldLive && nextLive && old.ParentID != next.ParentID:
-		m.record(old, change{revision: d.revision, at: d.at, id: old.ID})
-		m.record(next, change{revision: d.revision, at: d.at, id: next.ID})
-	case nextLive:
-		m.record(next, change{revision: d.revision, at: d.at, id: next.ID})
-	case oldLive:
-		m.record(old, change{revision: d.revision, at: d.at, id: old.ID})
+	if oldLive && (!nextLive || old.ParentID != next.ParentID) {
+		m.changed(old, c)
+	}
+	if nextLive {
+		m.changed(next, c)
 	}
 	if old != nil {
+		if old.alias {
+			m.relink(old, c)
+		}
 		m.release(old.ParentID)
+	}
+	if next != nil && next.alias {
+		m.relink(next, c)
 	}
 }
 
-// attach adds it to the indexes; what has expired or is for a secret store goes
-// into no view.
+// attach adds it to the indexes; what has expired, is for a secret store or
+// about nodes goes into no view.
 func (m *mirror) attach(it *item, now time.Time) {
 	p := m.parent(it.ParentID)
 	it.ParentID = p.id // one copy of the text for all children
+	it.alias = m.rules.isAlias(&it.Entry)
 	m.entries[it.ID] = it
 	m.ordered.put(it)
 	m.similar[similarityOf(&it.Entry).short()] = it
@@ -187,7 +200,11 @@ func (m *mirror) attach(it *item, now time.Time) {
 		m.expiring.put(it)
 		m.wake()
 	}
-	if !it.StoreSVID {
+	switch {
+	case it.StoreSVID:
+	case it.alias:
+		m.aliases.put(it)
+	default:
 		it.live = true
 		p.view.put(it)
 	}
@@ -203,6 +220,9 @@ func (m *mirror) detach(it *item) {
 	m.expiring.remove(it)
 	m.expired.remove(it)
 	m.parent(it.ParentID).view.remove(it)
+	if it.alias {
+		m.aliases.remove(it)
+	}
 }
 
 // expire takes out of the views what has ended by now. Nothing was committed,
@@ -213,10 +233,15 @@ func (m *mirror) expire(now time.Time) {
 	for it := m.expiring.first(); it != nil && it.expired(now); it = m.expiring.first() {
 		m.expiring.remove(it)
 		m.expired.put(it)
-		if it.live {
+		c := change{revision: m.revision, at: it.ExpiresAt, uncommitted: true}
+		switch {
+		case it.live:
 			it.live = false
 			m.parent(it.ParentID).view.remove(it)
-			m.record(it, change{revision: m.revision, at: it.ExpiresAt, id: it.ID, uncommitted: true})
+			m.changed(it, c)
+		case it.alias:
+			m.aliases.remove(it)
+			m.relink(it, c)
 		}
 	}
 }
@@ -251,20 +276,31 @@ func (m *mirror) parent(id spiffeid.ID) *parent {
 // release forgets a parent that nothing refers to any more.
 func (m *mirror) release(id spiffeid.ID) {
 	p := m.parents[id.String()]
-	if p != nil && p.view.count == 0 && len(p.feeds) == 0 && len(p.log.recent) == 0 {
+	if p != nil && p.view.count+len(p.feeds)+len(p.log.recent)+len(p.aliases)+len(p.holders) == 0 {
 		m.log.floor = max(m.log.floor, p.log.lost)
 		delete(m.parents, id.String())
 	}
 }
 
-// record notes a change of it for its parent and wakes the parent's feeds.
-func (m *mirror) record(it *item, c change) {
-	p := m.parent(it.ParentID)
+// changed records that it came to, left or changed in its parent's view.
+func (m *mirror) changed(it *item, c change) {
+	c.id = it.ID
+	m.record(m.parent(it.ParentID), c)
+}
+
+// record notes a change for p and wakes the feeds of the agents that have p's
+// entries.
+func (m *mirror) record(p *parent, c change) {
 	if evicted := m.log.add(p, c); evicted != nil {
 		m.release(evicted.id)
 	}
 	for _, f := range p.feeds {
 		f.signal()
+	}
+	for holder := range p.holders {
+		for _, f := range holder.feeds {
+			f.signal()
+		}
 	}
 }
 

@@ -119,12 +119,13 @@ func (m *mirror) scan(f *EntryFilter, from *item, do func(*Entry) bool) (last *i
 	return nil, false
 }
 
-// EntryFor returns the entry if agent may have SVIDs signed for it now. The
-// answer is the same for an entry of another agent, one that has expired, one
-// for a secret store and one that does not exist.
+// EntryFor returns the entry if agent may have SVIDs signed for it now: its
+// parent is the agent's own ID or an alias of it. The answer is the same for an
+// entry of another agent, one that has expired, one for a secret store, one
+// about nodes and one that does not exist.
 func (r *Registry) EntryFor(agent spiffeid.ID, entryID string) (Entry, error) {
-	it, ok := r.mirror.entry(entryID)
-	if !ok || it.ParentID != agent || it.StoreSVID || it.expired(time.Now()) {
+	it, ok := r.mirror.authorized(agent, entryID, time.Now())
+	if !ok {
 		return Entry{}, fault.New(fault.NotFound, agentv1.ReasonEntryNotAuthorized, "this agent has no such entry")
 	}
 	return it.Entry, nil

@@ -77,12 +77,13 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 	case o.MaxX509SVIDTTL <= 0 || o.RejoinWindow < 0:
 		return nil, fault.New(fault.Invalid, "config_ttl", "ca.max_x509_svid_ttl is more than zero and attestation.rejoin_window is not negative")
 	}
+	configured := rules{trustDomain: o.TrustDomain, reservedPrefix: o.ReservedPrefix, maxTTL: o.MaxX509SVIDTTL}
 	r := &Registry{
-		rules:        rules{trustDomain: o.TrustDomain, reservedPrefix: o.ReservedPrefix, maxTTL: o.MaxX509SVIDTTL},
+		rules:        configured,
 		store:        o.Store,
 		log:          o.Log,
 		rejoinWindow: o.RejoinWindow,
-		mirror:       newMirror(changesKept),
+		mirror:       newMirror(configured, changesKept),
 		fleet:        newFleet(),
 		stopped:      make(chan struct{}),
 	}

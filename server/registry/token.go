@@ -17,6 +17,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
 	"github.com/seed-caa81108/assay/server/store"
 )
 
@@ -36,6 +37,9 @@ type Token struct {
 	Value     string
 	AgentID   spiffeid.ID
 	ExpiresAt time.Time
+	// Alias is the entry that gives the agent the ID that was asked for; its
+	// id is empty if none was.
+	Alias Entry
 }
 
 // LogValue keeps the value out of logs.
@@ -70,37 +74,60 @@ func (r *Registry) agentID(h tokenHash) (spiffeid.ID, error) {
 // minutes). An empty value has one of 260 random bits made; the caller's own
 // needs at least 128 bits, by its length and alphabet, and must be new.
 func (r *Registry) CreateToken(ctx context.Context, value string, ttl time.Duration) (Token, error) {
-	if ttl == 0 {
-		ttl = DefaultTokenTTL
-	}
-	if ttl < MinTokenTTL || ttl > MaxTokenTTL {
-		return Token{}, fault.Newf(fault.Invalid, "token_ttl_out_of_range", "a join token lives between %v and %v", MinTokenTTL, MaxTokenTTL)
-	}
-	if value == "" {
-		value = strings.ToLower(rand.Text() + rand.Text())
-	} else if err := checkTokenValue(value); err != nil {
-		return Token{}, err
-	}
-	h := hashToken(value)
-	id, err := r.agentID(h)
+	return r.CreateTokenWithAlias(ctx, value, ttl, spiffeid.ID{})
+}
+
+// CreateTokenWithAlias is CreateToken and, unless alias is zero, makes with the
+// token, in one commit, the entry that gives its agent this ID as an alias.
+func (r *Registry) CreateTokenWithAlias(ctx context.Context, value string, ttl time.Duration, alias spiffeid.ID) (Token, error) {
+	t, h, err := r.newToken(value, ttl)
 	if err != nil {
 		return Token{}, err
 	}
-	t := Token{Value: value, AgentID: id, ExpiresAt: wall(time.Now().Add(ttl))}
 	record, err := store.Encode(schema, tokenRecord{ExpiresAt: millis(t.ExpiresAt)})
 	if err != nil {
 		return Token{}, fmt.Errorf("encode token: %w", err)
 	}
-	revision, err := r.commit(ctx,
-		[]store.Precondition{{Key: h.key()}, {Key: agentKey(id)}},
-		[]store.Write{{Key: h.key(), Value: record}})
+	ifs := []store.Precondition{{Key: h.key()}, {Key: agentKey(t.AgentID)}}
+	writes := []store.Write{{Key: h.key(), Value: record}}
+	if !alias.IsZero() {
+		d, err := r.draft(Entry{SPIFFEID: alias, ParentID: t.AgentID, Selectors: selector.Set{ownSelector(t.AgentID)}}, time.Now(), nil)
+		if err != nil {
+			return Token{}, err
+		}
+		if err := d.commit(&ifs, &writes); err != nil {
+			return Token{}, err
+		}
+		t.Alias = d.entry
+	}
+	revision, err := r.commit(ctx, ifs, writes)
 	if errors.Is(err, fault.Conflict) {
-		return Token{}, fault.New(fault.Exists, "token_exists", "this token was used before; choose another, or leave it out to have one made")
+		return Token{}, fault.New(fault.Exists, "token_exists",
+			"this token, or the entry for its agent's alias, is there already; choose another token, or leave it out to have one made")
 	}
 	if err != nil {
 		return Token{}, err
 	}
 	return t, r.applied(ctx, revision)
+}
+
+// newToken makes a token that is not in the store yet.
+func (r *Registry) newToken(value string, ttl time.Duration) (Token, tokenHash, error) {
+	if ttl == 0 {
+		ttl = DefaultTokenTTL
+	}
+	if ttl < MinTokenTTL || ttl > MaxTokenTTL {
+		return Token{}, tokenHash{}, fault.Newf(fault.Invalid, "token_ttl_out_of_range",
+			"a join token lives between %v and %v", MinTokenTTL, MaxTokenTTL)
+	}
+	if value == "" {
+		value = strings.ToLower(rand.Text() + rand.Text())
+	} else if err := checkTokenValue(value); err != nil {
+		return Token{}, tokenHash{}, err
+	}
+	h := hashToken(value)
+	id, err := r.agentID(h)
+	return Token{Value: value, AgentID: id, ExpiresAt: wall(time.Now().Add(ttl))}, h, err
 }
 
 // checkTokenValue estimates how many random bits a chosen token can hold: its

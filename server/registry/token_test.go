@@ -421,3 +421,38 @@ func redeemAtRandom(t *testing.T, rnd *rand.Rand) {
 		t.Errorf("%d agents, %d tokens were redeemed", n, joined)
 	}
 }
+
+func TestTokenAndItsAliasAreOneCommit(t *testing.T) {
+	s := start(t, t.TempDir())
+	value := strings.Repeat("0123456789abcdef", 2)
+	before := s.Revision()
+	token, err := s.CreateTokenWithAlias(t.Context(), value, 0, id("/host/1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Revision() != before+1 {
+		t.Errorf("%d commits", s.Revision()-before)
+	}
+	made, ok := s.Entry(token.Alias.ID)
+	if !ok || made.SPIFFEID != id("/host/1") || made.ParentID != token.AgentID || made.Selectors[0].String() != "spiffe_id:"+token.AgentID.String() {
+		t.Errorf("made %+v", made)
+	}
+	child := create(t, s.Registry, web("/a", id("/host/1")))
+	wantView(t, s.Registry, token.AgentID) // not an agent yet
+	agent, err := s.RedeemToken(t.Context(), value, key(1))
+	if err != nil || agent != token.AgentID {
+		t.Fatal(agent, err)
+	}
+	wantView(t, s.Registry, agent, child...)
+	_, err = s.CreateTokenWithAlias(t.Context(), value, 0, id("/host/2"))
+	wantFault(t, err, fault.Exists, "token_exists")
+	_, err = s.CreateTokenWithAlias(t.Context(), "", 0, id("/assay/agent/x"))
+	wantFault(t, err, fault.Invalid, "spiffe_id_invalid")
+	if n := s.CountEntries(registry.EntryFilter{}); n != 2 {
+		t.Errorf("%d entries", n)
+	}
+	if err := s.Evict(t.Context(), agent); err != nil {
+		t.Fatal(err)
+	}
+	wantView(t, s.Registry, agent)
+}
