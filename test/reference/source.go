@@ -20,8 +20,8 @@ import (
 type source struct {
 	fset   *token.FileSet
 	calls  []*call
+	byName map[string][]*call             // calls by the last name of what is called
 	consts map[string]map[string]ast.Expr // by directory and name, package level
-	files  map[string]*sourceFile         // any file of a directory, for its constants
 }
 
 type sourceFile struct {
@@ -48,7 +48,7 @@ type function struct {
 var errUnknown = errors.New("its value can't be told from the source")
 
 func readSource(root string, dirs ...string) (*source, error) {
-	s := &source{fset: token.NewFileSet(), consts: map[string]map[string]ast.Expr{}, files: map[string]*sourceFile{}}
+	s := &source{fset: token.NewFileSet(), byName: map[string][]*call{}, consts: map[string]map[string]ast.Expr{}}
 	for _, dir := range dirs {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(name string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") || strings.HasSuffix(name, ".pb.go") {
@@ -118,7 +118,14 @@ func (s *source) walk(n ast.Node, within []*function, room string, f *sourceFile
 			s.walk(n.Body, append(slices.Clip(within), &function{named[n], params(n.Type), n.Body}), room, f)
 			return false
 		case *ast.CallExpr:
-			s.calls = append(s.calls, &call{n, room, f, within})
+			c := &call{n, room, f, within}
+			s.calls = append(s.calls, c)
+			switch fun := n.Fun.(type) {
+			case *ast.Ident:
+				s.byName[fun.Name] = append(s.byName[fun.Name], c)
+			case *ast.SelectorExpr:
+				s.byName[fun.Sel.Name] = append(s.byName[fun.Sel.Name], c)
+			}
 		}
 		return true
 	})
@@ -226,20 +233,13 @@ func (s *source) named(c *call, name string, depth int, read func(*call, ast.Exp
 // passed evaluates what callers of f give for its parameter i.
 func (s *source) passed(c *call, f *function, i, depth int, read func(*call, ast.Expr, int) ([]string, error)) ([]string, error) {
 	var callers []*call
-	for _, other := range s.calls {
-		name := ""
-		switch fun := other.expr.Fun.(type) {
-		case *ast.Ident:
-			if other.room == c.room {
-				name = fun.Name
-			}
-		case *ast.SelectorExpr:
-			pkg, _ := fun.X.(*ast.Ident)
-			if other.room == c.room || pkg != nil && other.file.imports[pkg.Name] == path.Join(module, c.room) {
-				name = fun.Sel.Name
-			}
+	for _, other := range s.byName[f.name] {
+		here := other.room == c.room
+		if sel, ok := other.expr.Fun.(*ast.SelectorExpr); ok && !here {
+			pkg, _ := sel.X.(*ast.Ident)
+			here = pkg != nil && other.file.imports[pkg.Name] == path.Join(module, c.room)
 		}
-		if name != "" && name == f.name && i < len(other.expr.Args) {
+		if here && i < len(other.expr.Args) {
 			callers = append(callers, other)
 		}
 	}
