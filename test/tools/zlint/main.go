@@ -28,6 +28,7 @@ var excluded = map[string]string{
 var kinds = []string{
 	"root", "issuer", "server", "agent",
 	"workload", "workload-dns", "workload-short", "workload-path", "workload-p384", "workload-rsa",
+	"minted",
 }
 
 func main() {
