@@ -26,7 +26,7 @@ test: need-gcc ## unit tests with the race detector, then end to end through the
 	$(RACE) -tags '$(ROOT)' ./...
 	$(RACE) -tags 'e2e $(ROOT)' -count=1 ./test/e2e/...
 
-long: need-gcc ## the suites that take longer: endurance, kill points, PID reuse
+long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
 	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m ./test/e2e/...
 	@# With the pidfd check compiled out the same attack has to succeed, else
 	@# the harness proves nothing.
@@ -93,6 +93,9 @@ $(TOOLS)/golangci-lint: test/tools/lint/go.mod
 $(TOOLS)/zlint: test/tools/zlint/go.mod $(wildcard test/tools/zlint/*.go)
 	cd test/tools/zlint && $(GO) vet . && $(GO) build -o $(abspath $(TOOLS))/ .
 
-.PHONY: need-gcc
+.PHONY: need-gcc need-strace
+need-strace: # root's tests make system calls of the server fail
+	@$(if $(ROOT),command -v strace >/dev/null || { echo 'make: root tests with disk errors need strace: apt-get install -y strace' >&2; exit 1; })
+
 need-gcc:
 	@command -v gcc >/dev/null || { echo 'make: the race detector needs gcc: apt-get install -y gcc libc6-dev' >&2; exit 1; }

@@ -36,15 +36,24 @@ func (r *rates) sign(agent spiffeid.ID, n int, now time.Time) error {
 	if n == 0 {
 		return nil
 	}
-	return rated(r.signatures, agent, n, now, "limit_signatures", "this agent has asked for too many certificates per second: retry later")
+	if wait := r.signatures.take(agent.String(), n, now); wait > 0 {
+		return fault.Later(fault.Exhausted, "limit_signatures", "this agent has asked for too many certificates per second: retry later", wait)
+	}
+	return nil
 }
 
 func (r *rates) renew(agent spiffeid.ID, now time.Time) error {
-	return rated(r.renewals, agent, 1, now, "limit_renewals", "this agent renews its own certificate too often: retry later")
+	if wait := r.renewals.take(agent.String(), 1, now); wait > 0 {
+		return fault.Later(fault.Exhausted, "limit_renewals", "this agent renews its own certificate too often: retry later", wait)
+	}
+	return nil
 }
 
 func (r *rates) sync(agent spiffeid.ID, now time.Time) error {
-	return rated(r.streams, agent, 1, now, "limit_sync_opens", "this agent opens sync streams too often: retry later")
+	if wait := r.streams.take(agent.String(), 1, now); wait > 0 {
+		return fault.Later(fault.Exhausted, "limit_sync_opens", "this agent opens sync streams too often: retry later", wait)
+	}
+	return nil
 }
 
 // RateLimited is a method table whose callers, known by their SPIFFE ID, may
@@ -57,15 +66,11 @@ func RateLimited(methods rpc.Methods, perSecond int) rpc.Methods {
 			if err := rule(c); err != nil {
 				return err
 			}
-			return rated(calls, c.ID, 1, time.Now(), "limit_calls", "this operator makes too many calls: retry later")
+			if wait := calls.take(c.ID.String(), 1, time.Now()); wait > 0 {
+				return fault.Later(fault.Exhausted, "limit_calls", "this operator makes too many calls: retry later", wait)
+			}
+			return nil
 		}
 	}
 	return limited
-}
-
-func rated(b *buckets, peer spiffeid.ID, n int, now time.Time, reason, text string) error {
-	if wait := b.take(peer.String(), n, now); wait > 0 {
-		return fault.Later(fault.Exhausted, reason, text, wait)
-	}
-	return nil
 }

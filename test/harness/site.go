@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -28,6 +29,8 @@ type Site struct {
 	More string
 	// RemoteOperators is the server's admin.remote_spiffe_ids.
 	RemoteOperators []string
+	// Under is a command that the server is run by; it has to become the server.
+	Under []string
 	// Port of the server for agents, Ops for metrics; they stay over restarts.
 	Port, Ops int
 	Server    *Process
@@ -134,7 +137,8 @@ data_dir: %s
 metrics:
   listen: 127.0.0.1:%d
 %s`, s.TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), strings.Join(s.RemoteOperators, ", "), s.File("server/data"), s.Ops, s.More))
-	s.Server = start(s.tb, s.File("server.log"), env, s.bin("assay-server"), "run", "--config", config)
+	command := append(slices.Clone(s.Under), s.bin("assay-server"), "run", "--config", config)
+	s.Server = start(s.tb, s.File("server.log"), env, command[0], command[1:]...)
 }
 
 // Try runs one of the binaries to its end, for at most a minute.

@@ -27,7 +27,7 @@ type Reason struct {
 
 // faultArgs says where the constructors of pkg/fault take kind, reason and text.
 var faultArgs = map[string]struct{ kind, reason, text int }{
-	"New": {0, 1, 2}, "Newf": {0, 1, 2}, "Wrap": {0, 2, 3},
+	"New": {0, 1, 2}, "Newf": {0, 1, 2}, "Wrap": {0, 2, 3}, "Later": {0, 1, 2},
 }
 
 // Reasons finds the reasons in the source below dirs: all calls that make a
