@@ -6,12 +6,19 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/store"
 )
+
+// commitsInFlight is how many commits of one batch wait for the store at a time:
+// it writes them together.
+const commitsInFlight = 16
 
 // commitBytes leaves room below the store's limit for what a driver adds.
 const commitBytes = store.MaxCommitBytes - 64<<10
@@ -40,19 +47,7 @@ func (d *draft) size() int { return len(d.value) + 2*MaxEntryID }
 func (r *Registry) CreateEntries(ctx context.Context, list []Entry, guards ...Guard) []EntryResult {
 	results := make([]EntryResult, len(list))
 	drafts, repeats := r.drafts(list, results, guards)
-	newest := int64(0)
-	var stop error
-	for len(drafts) > 0 && stop == nil {
-		n := chunk(drafts)
-		var revision int64
-		revision, stop = r.commitDrafts(ctx, drafts[:n])
-		newest = max(newest, revision)
-		drafts = drafts[n:]
-	}
-	for _, d := range drafts { // not tried: the store takes nothing now
-		d.result.Err = stop
-	}
-	if err := r.applied(ctx, newest); err != nil {
+	if err := r.applied(ctx, r.commitAll(ctx, drafts)); err != nil {
 		for i := range results {
 			if results[i].Err == nil {
 				results[i].Err = err
@@ -63,6 +58,41 @@ func (r *Registry) CreateEntries(ctx context.Context, list []Entry, guards ...Gu
 		results[repeat] = repeated(results[of])
 	}
 	return results
+}
+
+// commitAll commits drafts, several commits at a time, and returns the newest
+// revision made. Once the store takes nothing, no more is tried.
+func (r *Registry) commitAll(ctx context.Context, drafts []*draft) (newest int64) {
+	var mu sync.Mutex
+	var stop error
+	var g errgroup.Group
+	g.SetLimit(commitsInFlight)
+	for len(drafts) > 0 {
+		n := chunk(drafts)
+		together := drafts[:n]
+		drafts = drafts[n:]
+		g.Go(func() error {
+			mu.Lock()
+			err := stop
+			mu.Unlock()
+			if err != nil {
+				for _, d := range together {
+					d.result.Err = err
+				}
+				return nil
+			}
+			revision, err := r.commitDrafts(ctx, together)
+			mu.Lock()
+			defer mu.Unlock()
+			newest = max(newest, revision)
+			if stop == nil {
+				stop = err
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // each draft has its own error
+	return newest
 }
 
 // drafts checks the entries and prepares those that can be tried. repeats maps
@@ -104,7 +134,7 @@ func (r *Registry) draft(e Entry, now time.Time, guards []Guard) (*draft, error)
 	e = normalise(e)
 	e.CreatedAt, e.Revision = wall(now), 0
 	if e.ID == "" {
-		e.ID = strings.ToLower(rand.Text())
+		e.ID = newEntryID(now)
 	}
 	if err := r.check(&e); err != nil {
 		return nil, err
@@ -120,6 +150,18 @@ func (r *Registry) draft(e Entry, now time.Time, guards []Guard) (*draft, error)
 		return nil, err
 	}
 	return &draft{entry: e, value: value, similar: similarityOf(&e)}, nil
+}
+
+// newEntryID returns an id of 80 random bits that sorts after those made
+// in earlier milliseconds: what is made together lies together in the store,
+// so that a commit of many touches few of its pages.
+func newEntryID(now time.Time) string {
+	const digits = "234567abcdefghijklmnopqrstuvwxyz"
+	var id [10]byte
+	for i, ms := len(id)-1, now.UnixMilli(); i >= 0; i, ms = i-1, ms>>5 {
+		id[i] = digits[ms&31]
+	}
+	return string(id[:]) + strings.ToLower(rand.Text()[:16])
 }
 
 // chunk returns how many of the drafts go into one commit.

@@ -2,9 +2,11 @@ package registry_test
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -176,4 +178,20 @@ func TestLoweredCapCutsStoredLifetimes(t *testing.T) {
 	if got, err := s.EntryFor(node(1), made.ID); err != nil || got.X509SVIDTTL != time.Minute {
 		t.Errorf("%v, %v", got.X509SVIDTTL, err)
 	}
+}
+
+// What is made later sorts later, so that the store writes it side by side.
+func TestGeneratedIDsSortByTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, t.TempDir())
+		last := ""
+		for i := range 100 {
+			got := create(t, s.Registry, web(fmt.Sprintf("/w/%d", i), node(1)))[0].ID
+			if got <= last {
+				t.Fatalf("%q after %q", got, last)
+			}
+			last = got
+			time.Sleep(time.Duration(1+i*i) * time.Millisecond)
+		}
+	})
 }

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
@@ -28,8 +27,9 @@ type Bolt struct {
 	update  func(func(*bbolt.Tx) error) error // db.Update; tests let it fail
 	history *history
 
-	// writer holds one token: whoever put it in may write.
+	// writer holds one token: whoever put it in may write what is in the queue.
 	writer chan struct{}
+	queue  queue
 	// durable is the newest transaction that is known to be on the disk.
 	// bbolt shows a commit to readers a moment before it is.
 	durable atomic.Int64
@@ -113,26 +113,6 @@ func copyRecord(key, item []byte) (Record, error) {
 	return Record{Key: string(key), Value: bytes.Clone(value), Revision: revision}, nil
 }
 
-// Commit makes one bbolt transaction.
-func (b *Bolt) Commit(ctx context.Context, ifs []Precondition, writes []Write) (int64, error) {
-	if err := checkLimits(ifs, writes); err != nil {
-		return 0, err
-	}
-	release, err := b.acquire(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer release()
-	c := commit{ifs: ifs, writes: writes, now: time.Now().Round(0)}
-	if err := guard(func() error { return b.update(c.apply) }); err != nil {
-		return 0, b.outcome(&c, err)
-	}
-	// In this order: who reads a revision must be able to watch from it.
-	b.history.add(c.batch)
-	b.durable.Store(int64(c.transaction))
-	return c.batch.Revision, nil
-}
-
 // Watch reads the history.
 func (b *Bolt) Watch(ctx context.Context, prefix string, from int64) iter.Seq2[Batch, error] {
 	return func(yield func(Batch, error) bool) {
@@ -207,8 +187,7 @@ func (b *Bolt) acquire(ctx context.Context) (release func(), err error) {
 		case <-ctx.Done():
 		}
 	}
-	return nil, fault.Wrap(fault.NotReady, ctx.Err(), "store_busy",
-		"the request ended before it was its turn in the store; nothing was written: retry")
+	return nil, busy(ctx)
 }
 
 var errNotDurable = errors.New("the newest commit is not durable yet")

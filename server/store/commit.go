@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"syscall"
-	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -47,46 +46,29 @@ func checkLimits(ifs []Precondition, writes []Write) error {
 	return nil
 }
 
-// commit is one call of Commit on its way through a transaction.
-type commit struct {
-	ifs    []Precondition
-	writes []Write
-	now    time.Time
-
-	transaction int   // bbolt's id; 0 if it did not begin
-	refused     error // why apply wants nothing written
-	batch       Batch
-}
-
-// apply runs inside the transaction: preconditions, new head, writes.
-func (c *commit) apply(tx *bbolt.Tx) error {
-	c.transaction = tx.ID()
-	c.refused = c.applyTo(tx.Bucket([]byte(metaBucket)), tx.Bucket([]byte(recordsBucket)))
-	return c.refused
-}
-
-func (c *commit) applyTo(meta, records *bbolt.Bucket) error {
-	for _, p := range c.ifs {
-		if err := holds(p, records.Get([]byte(p.Key))); err != nil {
+// check holds a commit to its preconditions.
+func (p *pending) check(records *bbolt.Bucket) error {
+	for _, want := range p.ifs {
+		if err := holds(want, records.Get([]byte(want.Key))); err != nil {
 			return err
 		}
 	}
-	h, err := decodeHead(meta.Get([]byte(headKey)))
-	if err != nil {
-		return err
-	}
+	return nil
+}
+
+// apply writes a commit under the next revision.
+func (p *pending) apply(records *bbolt.Bucket, h *head) error {
 	h.revision++
-	h.time = c.now
-	c.batch = Batch{Revision: h.revision, Time: h.time}
-	for _, w := range c.writes {
-		if err := c.write(records, w, &h.tally); err != nil {
+	p.batch = Batch{Revision: h.revision, Time: h.time}
+	for _, w := range p.writes {
+		if err := p.write(records, w, &h.tally); err != nil {
 			return fmt.Errorf("write record: %w", err)
 		}
 	}
-	return meta.Put([]byte(headKey), h.encode())
+	return nil
 }
 
-func (c *commit) write(records *bbolt.Bucket, w Write, all *tally) error {
+func (p *pending) write(records *bbolt.Bucket, w Write, all *tally) error {
 	key := []byte(w.Key)
 	old := records.Get(key)
 	if old == nil && w.Delete {
@@ -98,15 +80,15 @@ func (c *commit) write(records *bbolt.Bucket, w Write, all *tally) error {
 		}
 		all.remove(old)
 	}
-	event := Event{Record: Record{Key: w.Key, Revision: c.batch.Revision}, Deleted: w.Delete}
+	event := Event{Record: Record{Key: w.Key, Revision: p.batch.Revision}, Deleted: w.Delete}
 	if w.Delete {
-		c.batch.Events = append(c.batch.Events, event)
+		p.batch.Events = append(p.batch.Events, event)
 		return records.Delete(key)
 	}
 	item := encodeRecord(w.Key, event.Revision, w.Value)
 	all.add(item)
 	event.Value = item[revisionBytes : len(item)-checksumBytes]
-	c.batch.Events = append(c.batch.Events, event)
+	p.batch.Events = append(p.batch.Events, event)
 	return records.Put(key, item)
 }
 
@@ -126,26 +108,28 @@ func holds(p Precondition, item []byte) error {
 	return nil
 }
 
-// outcome says what a failed update means, and stops the store unless it is
-// certain that nothing was written.
+// full says that a transaction failed for want of space and that it is certain
+// that nothing was written.
 //
 // An error of bbolt's commit does not say that: when only its last sync fails,
 // later reads show the commit, and a power cut may or may not take it back. So
 // certain is only "no space" together with a new read that does not show the
 // transaction. bbolt hands on a few errors as mere text, such as those of
 // growing the file: they count as unknown too.
-func (b *Bolt) outcome(c *commit, err error) error {
-	crashed, ok := errors.AsType[*crash](err)
-	if !ok {
-		if c.refused != nil {
-			return explain(b.path, c.refused)
-		}
-		if noSpace(err) && c.transaction != 0 && !b.shows(c.transaction) {
-			// The text goes to peers: where the file lies is for the log.
-			return fault.Wrap(fault.Exhausted, fmt.Errorf("write %s: %w", b.path, err), "store_full",
-				"no space left for the server's store, nothing was written: make room on its file system")
-		}
-	}
+func (b *Bolt) full(t *transaction, err error) bool {
+	return noSpace(err) && t.id != 0 && !b.shows(t.id)
+}
+
+func storeFull(path string, err error) error {
+	// The text goes to peers: where the file lies is for the log.
+	return fault.Wrap(fault.Exhausted, fmt.Errorf("write %s: %w", path, err), "store_full",
+		"no space left for the server's store, nothing was written: make room on its file system")
+}
+
+// unknown stops the store, since nobody can tell whether a transaction that
+// failed with err is on the disk.
+func (b *Bolt) unknown(err error) error {
+	crashed, _ := errors.AsType[*crash](err)
 	unknown := fault.Wrap(fault.NotReady, fmt.Errorf("%w: %w", ErrUnknown, err), "store_commit_unknown",
 		"after an error of the disk it is not known whether the change was made: look again when the server has restarted")
 	b.fail(unknown, crashed)
