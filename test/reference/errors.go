@@ -25,15 +25,46 @@ type Reason struct {
 	Rooms []string // packages that make it
 }
 
-// faultArgs says where the constructors of pkg/fault take kind, reason and text.
-var faultArgs = map[string]struct{ kind, reason, text int }{
-	"New": {0, 1, 2}, "Newf": {0, 1, 2}, "Wrap": {0, 2, 3}, "Later": {0, 1, 2},
+// Maker says which parameters of a function of pkg/fault are kind, reason and
+// text.
+type Maker struct{ kind, reason, text int }
+
+// Makers are the functions of pkg/fault that make a fault of a kind.
+func Makers(root string) (map[string]Maker, error) {
+	names, err := filepath.Glob(filepath.Join(root, "pkg/fault/*.go"))
+	if err != nil {
+		return nil, err
+	}
+	makers := map[string]Maker{}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+		if err != nil {
+			return nil, err
+		}
+		for _, decl := range file.Decls {
+			f, ok := decl.(*ast.FuncDecl)
+			if !ok || !f.Name.IsExported() || f.Recv != nil {
+				continue
+			}
+			names := params(f.Type)
+			m := Maker{slices.Index(names, "kind"), slices.Index(names, "reason"), slices.IndexFunc(names, func(s string) bool { return s == "safe" || s == "format" })}
+			if m.kind >= 0 && m.reason >= 0 && m.text >= 0 {
+				makers[f.Name.Name] = m
+			} else if m.kind >= 0 {
+				return nil, fmt.Errorf("fault.%s has a kind, and no parameters reason and safe or format", f.Name.Name)
+			}
+		}
+	}
+	return makers, nil
 }
 
 // Reasons finds the reasons in the source below dirs: all calls that make a
 // fault, and through helpers what these are called with. What can't be told is
 // an error, so that none is missed.
-func Reasons(root string, dirs ...string) ([]Reason, error) {
+func Reasons(root string, makers map[string]Maker, dirs ...string) ([]Reason, error) {
 	src, err := readSource(root, dirs...)
 	if err != nil {
 		return nil, err
@@ -41,12 +72,15 @@ func Reasons(root string, dirs ...string) ([]Reason, error) {
 	kinds := kindsByName()
 	found := map[[2]string]*Reason{}
 	var errs []error
-	for _, call := range src.calls {
-		name, ok := call.of(src, "pkg/fault")
-		args, isMaker := faultArgs[name]
-		if !ok || !isMaker {
-			continue
+	var calls []*call
+	for _, c := range src.calls {
+		if name, ok := c.of(src, "pkg/fault"); ok && makers[name] != (Maker{}) {
+			calls = append(calls, src.perCaller(c, c.expr.Args[makers[name].reason])...)
 		}
+	}
+	for _, call := range calls {
+		name, _ := call.of(src, "pkg/fault")
+		args := makers[name]
 		codes, err := call.texts(src, args.reason)
 		if err != nil {
 			errs = append(errs, err)

@@ -35,6 +35,8 @@ type call struct {
 	room   string // directory
 	file   *sourceFile
 	within []*function
+	// caller, if it is set, is the one call of within's last that counts.
+	caller *call
 }
 
 // function is a declaration, or a literal that was given a name.
@@ -118,7 +120,7 @@ func (s *source) walk(n ast.Node, within []*function, room string, f *sourceFile
 			s.walk(n.Body, append(slices.Clip(within), &function{named[n], params(n.Type), n.Body}), room, f)
 			return false
 		case *ast.CallExpr:
-			c := &call{n, room, f, within}
+			c := &call{expr: n, room: room, file: f, within: within}
 			s.calls = append(s.calls, c)
 			switch fun := n.Fun.(type) {
 			case *ast.Ident:
@@ -230,23 +232,56 @@ func (s *source) named(c *call, name string, depth int, read func(*call, ast.Exp
 	return nil, errUnknown
 }
 
+// perCaller returns c once for each call of the function that it stands in, if
+// an argument of it is a parameter there: what one caller passes belongs
+// together.
+func (s *source) perCaller(c *call, arg ast.Expr) []*call {
+	id, ok := arg.(*ast.Ident)
+	if !ok || len(c.within) == 0 {
+		return []*call{c}
+	}
+	f := c.within[len(c.within)-1]
+	if !slices.Contains(f.params, id.Name) || len(assigned(f.body, id.Name)) > 0 {
+		return []*call{c}
+	}
+	var all []*call
+	for _, caller := range s.callers(c, f) {
+		one := *c
+		one.caller = caller
+		all = append(all, &one)
+	}
+	if len(all) == 0 {
+		return []*call{c}
+	}
+	return all
+}
+
 // passed evaluates what callers of f give for its parameter i.
 func (s *source) passed(c *call, f *function, i, depth int, read func(*call, ast.Expr, int) ([]string, error)) ([]string, error) {
-	var callers []*call
+	callers := s.callers(c, f)
+	if c.caller != nil && f == c.within[len(c.within)-1] {
+		callers = []*call{c.caller}
+	}
+	callers = slices.DeleteFunc(callers, func(other *call) bool { return i >= len(other.expr.Args) })
+	if len(callers) == 0 {
+		return nil, errUnknown
+	}
+	return union(callers, func(other *call) ([]string, error) { return read(other, other.expr.Args[i], depth+1) })
+}
+
+// callers are the calls of f, a function around c.
+func (s *source) callers(c *call, f *function) (all []*call) {
 	for _, other := range s.byName[f.name] {
 		here := other.room == c.room
 		if sel, ok := other.expr.Fun.(*ast.SelectorExpr); ok && !here {
 			pkg, _ := sel.X.(*ast.Ident)
 			here = pkg != nil && other.file.imports[pkg.Name] == path.Join(module, c.room)
 		}
-		if here && i < len(other.expr.Args) {
-			callers = append(callers, other)
+		if here {
+			all = append(all, other)
 		}
 	}
-	if len(callers) == 0 {
-		return nil, errUnknown
-	}
-	return union(callers, func(other *call) ([]string, error) { return read(other, other.expr.Args[i], depth+1) })
+	return all
 }
 
 // assigned are the values that a function gives to a variable of its own.
