@@ -112,3 +112,26 @@ func TestDocumentsNameTestsThatExist(t *testing.T) {
 		t.Errorf("only %d tests are named: the test proves nothing", named)
 	}
 }
+
+// Decisions are cited by their number.
+func TestDecisionsHaveNumbersOfTheirOwn(t *testing.T) {
+	names, err := filepath.Glob("../docs/adr/[0-9]*.md")
+	if err != nil || len(names) == 0 {
+		t.Fatal(names, err)
+	}
+	taken := map[string]string{}
+	for _, name := range names {
+		number, _, _ := strings.Cut(filepath.Base(name), "-")
+		if other := taken[number]; other != "" {
+			t.Errorf("%s and %s have the same number: give the newer one the next free", other, name)
+		}
+		taken[number] = name
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := "# " + strings.TrimLeft(number, "0") + ". "; !strings.HasPrefix(string(text), want) {
+			t.Errorf("%s does not begin with %q", name, want)
+		}
+	}
+}
