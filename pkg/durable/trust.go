@@ -55,9 +55,29 @@ func CheckReadable(path string) error {
 	return self().checkOwnAndWrite(path, info, ofPath(path))
 }
 
+// ReadTrusted returns the content of a regular file of at most max bytes that
+// nobody can write but root and us, links followed. Others may read it.
+func ReadTrusted(path string, max int64) ([]byte, error) {
+	return readChecked(path, max, func(fs.FileInfo, attribute) error { return nil })
+}
+
 // ReadSecret returns the content of a regular file of at most max bytes that
 // nobody can read but root, us and, at most, a group of ours.
 func ReadSecret(path string, max int64) ([]byte, error) {
+	return readChecked(path, max, func(info fs.FileInfo, get attribute) error {
+		strangers, groups, err := self().access(info, get)
+		if err != nil {
+			return err
+		}
+		if strangers != 0 || groups&^accessRead != 0 {
+			return untrusted(path, fmt.Sprintf("is a secret, but its mode %04o gives access to others: chmod 0600 %s", info.Mode().Perm(), path))
+		}
+		return nil
+	})
+}
+
+// readChecked reads a file of ours that passes check.
+func readChecked(path string, max int64, check func(fs.FileInfo, attribute) error) ([]byte, error) {
 	// O_NONBLOCK: opening a named pipe must not wait for its writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -69,25 +89,20 @@ func ReadSecret(path string, max int64) ([]byte, error) {
 		return nil, diskError("look at", path, err)
 	}
 	if !info.Mode().IsRegular() {
-		return nil, untrusted(path, "is not a regular file: put the secret into one")
+		return nil, untrusted(path, "is not a regular file: put the content into one")
 	}
-	me := self()
-	if err := me.checkOwnAndWrite(path, info, ofFile(f)); err != nil {
+	if err := self().checkOwnAndWrite(path, info, ofFile(f)); err != nil {
 		return nil, err
 	}
-	strangers, groups, err := me.access(info, ofFile(f))
-	if err != nil {
+	if err := check(info, ofFile(f)); err != nil {
 		return nil, err
-	}
-	if strangers != 0 || groups&^accessRead != 0 {
-		return nil, untrusted(path, fmt.Sprintf("is a secret, but its mode %04o gives access to others: chmod 0600 %s", info.Mode().Perm(), path))
 	}
 	data, err := io.ReadAll(io.LimitReader(f, max+1))
 	if err != nil {
 		return nil, diskError("read", path, err)
 	}
 	if int64(len(data)) > max {
-		return nil, fault.Newf(fault.Invalid, "secret_too_large", "%s has more than %d bytes: it is not the file that is meant", path, max)
+		return nil, fault.Newf(fault.Invalid, "file_too_large", "%s has more than %d bytes: it is not the file that is meant", path, max)
 	}
 	return data, nil
 }

@@ -215,7 +215,7 @@ func TestReadSecretRefusesWhatIsNoSuchFile(t *testing.T) {
 	path := filepath.Join(dir, "seal.key")
 	mustWrite(t, path, "1234567", 0o600)
 	_, err := ReadSecret(path, 6)
-	wantReason(t, err, "secret_too_large")
+	wantReason(t, err, "file_too_large")
 	if strings.Contains(err.Error(), "123") {
 		t.Error("the error shows the secret")
 	}
@@ -329,4 +329,30 @@ func TestAccessListsAreLookedThrough(t *testing.T) {
 	if err != nil || len(list) != 500 {
 		t.Errorf("long list: %d entries, %v", len(list), err)
 	}
+}
+
+// What is read and not secret: others may see it, and nobody may change it.
+func TestReadTrustedDemandsThatOthersCantWrite(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "ca.pem")
+	mustWrite(t, path, "public", 0o644)
+	if got, err := ReadTrusted(symlink(t, path, dir, "link"), 6); err != nil || string(got) != "public" {
+		t.Errorf("through a link: %q, %v", got, err)
+	}
+	_, err := ReadTrusted(path, 5)
+	wantReason(t, err, "file_too_large")
+	for _, mode := range []fs.FileMode{0o646, 0o666} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadTrusted(path, 6)
+		wantReason(t, err, "path_untrusted")
+		if got != nil {
+			t.Errorf("%04o: read %q", mode, got)
+		}
+	}
+	_, err = ReadTrusted(dir, 6)
+	wantReason(t, err, "path_untrusted")
+	_, err = ReadTrusted(filepath.Join(dir, "none"), 6)
+	wantReason(t, err, "path_missing")
 }

@@ -65,7 +65,7 @@ func LoadSealKey(path string) (SealKey, error) {
 	case fault.ReasonOf(err) == "path_missing":
 		return SealKey{}, fault.Wrap(fault.Precondition, err, "seal_key_missing",
 			"there is no seal key at "+path+": put the one of this store there, or make one for a new store with `assay-server seal-key "+path+"`")
-	case fault.ReasonOf(err) == "secret_too_large":
+	case fault.ReasonOf(err) == "file_too_large":
 		return SealKey{}, notASealKey(path)
 	case err != nil:
 		return SealKey{}, fmt.Errorf("read seal key: %w", err)
