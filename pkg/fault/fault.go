@@ -119,6 +119,19 @@ func ReasonOf(err error) string {
 	return Internal.Error()
 }
 
+// CauseOf returns the reason of the fault that a fault wraps: what is the true
+// reason where the peer is told another one. It is empty if there is none.
+func CauseOf(err error) string {
+	f, ok := errors.AsType[*Fault](err)
+	if !ok {
+		return ""
+	}
+	if cause, ok := errors.AsType[*Fault](f.cause); ok {
+		return cause.reason
+	}
+	return ""
+}
+
 // RequestIDOf returns the id under which the peer that answered with err has
 // logged the request, or nothing.
 func RequestIDOf(err error) string {

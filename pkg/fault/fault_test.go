@@ -119,3 +119,13 @@ func TestItemsAreReadAsStatuses(t *testing.T) {
 		}
 	}
 }
+
+func TestCauseOfIsTheReasonBehindTheReason(t *testing.T) {
+	inner := fault.New(fault.Denied, "expired", "it has expired")
+	outer := fmt.Errorf("attest: %w", fault.Wrap(fault.Denied, fmt.Errorf("check: %w", inner), "refused", "no"))
+	for err, want := range map[error]string{nil: "", io.EOF: "", inner: "", outer: "expired", fault.Wrap(fault.Denied, io.EOF, "refused", "no"): ""} {
+		if got := fault.CauseOf(err); got != want {
+			t.Errorf("%v: %q, want %q", err, got, want)
+		}
+	}
+}

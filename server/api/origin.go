@@ -50,7 +50,11 @@ func result(err error) audit.Result {
 	if err == nil {
 		return audit.Result{Code: "ok"}
 	}
-	return audit.Result{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err)}
+	out := audit.Result{Code: fault.KindOf(err).Error(), Reason: fault.ReasonOf(err)}
+	if cause := fault.CauseOf(err); cause != out.Reason {
+		out.Cause = cause
+	}
+	return out
 }
 
 // record writes lines about acts that are done, whether or not the caller

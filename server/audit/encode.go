@@ -55,6 +55,7 @@ func appendLine(buf []byte, l *Line) []byte {
 	e.begin("result")
 	e.str("code", l.Result.Code)
 	e.str("reason", l.Result.Reason)
+	e.str("cause", l.Result.Cause)
 	e.end()
 	if c := l.Cert; c != nil {
 		e.begin("cert")

@@ -43,6 +43,7 @@ type parsed struct {
 	Result struct {
 		Code   string `json:"code"`
 		Reason string `json:"reason"`
+		Cause  string `json:"cause"`
 	} `json:"result"`
 	Cert *struct {
 		Serial     string    `json:"serial"`
@@ -82,7 +83,7 @@ func fullLine() Line {
 		Action: "x509_sign",
 		Target: Target{SPIFFEID: "spiffe://example.org/a", ParentID: "spiffe://example.org/node", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa"},
 		Why:    Why{Rule: "entry", SelectorsHash: "5e", Reason: "ticket 12"},
-		Result: Result{Code: "denied", Reason: "agent_banned"},
+		Result: Result{Code: "denied", Reason: "agent_banned", Cause: "chain_untrusted"},
 		Cert:   &Cert{Serial: "cc", SPKISHA256: "dd", NotBefore: time.Unix(100, 0), NotAfter: time.Unix(200, 0), IssuerSKI: "ee"},
 	}
 }
@@ -107,7 +108,7 @@ func TestLineHoldsEveryField(t *testing.T) {
 	if p.Why.Rule != "entry" || p.Why.SelectorsHash != "5e" || p.Why.OperatorReason != "ticket 12" {
 		t.Errorf("why: %+v", p.Why)
 	}
-	if p.Result.Code != "denied" || p.Result.Reason != "agent_banned" {
+	if p.Result.Code != "denied" || p.Result.Reason != "agent_banned" || p.Result.Cause != "chain_untrusted" {
 		t.Errorf("result: %+v", p.Result)
 	}
 	if c := p.Cert; c == nil || c.Serial != "cc" || c.SPKI != "dd" || c.NotBefore.Unix() != 100 || c.NotAfter.Unix() != 200 || c.IssuerSKID != "ee" {
@@ -145,7 +146,7 @@ func TestOnlyDeclaredPlainFieldsExist(t *testing.T) {
 		}
 	}
 	walk(reflect.TypeFor[Line](), "Line")
-	if fields != 26 {
+	if fields != 27 {
 		t.Errorf("Line has %d fields: a new one must be added to appendLine, to fullLine and to this number", fields)
 	}
 }

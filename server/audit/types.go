@@ -39,10 +39,12 @@ type Why struct {
 }
 
 // Result is how it ended: Code is "ok" or the name of a fault kind, Reason the
-// fault's reason.
+// fault's reason. Cause is the true reason where the caller was told a vaguer
+// one.
 type Result struct {
 	Code   string
 	Reason string
+	Cause  string
 }
 
 // Cert identifies a certificate that is about to be signed.
