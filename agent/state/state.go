@@ -229,6 +229,14 @@ func (s *State) NextKey() (*ecdsa.PrivateKey, error) {
 	return key, nil
 }
 
+// DropNextKey forgets the next key; NextKey makes another one.
+func (s *State) DropNextKey() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.next = nil
+	return s.remove(nextKeyName)
+}
+
 // PendingKey returns the next key if one was made: a CSR of it may have
 // reached the server.
 func (s *State) PendingKey() (*ecdsa.PrivateKey, bool) {

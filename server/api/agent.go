@@ -27,7 +27,9 @@ type AgentConfig struct {
 	Registry       *registry.Registry
 	Attestors      map[string]NodeAttestor
 	Audit          Auditor
-	Log            *slog.Logger
+	// Refused is told of agents whose streams end because they may not go on.
+	Refused Refused
+	Log     *slog.Logger
 	// SignBatch is how many items a SignX509 may have.
 	SignBatch int
 	// AttestRate is how many attestations an address may begin per second.
@@ -124,6 +126,13 @@ func (s *AgentService) admit(ctx context.Context) (rpc.Caller, error) {
 // anybody sees it. under is the serial of the certificate that asks, empty in
 // an attestation.
 func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, under, rule string) (*agentv1.Identity, error) {
+	hash, err := attest.KeyHash(key)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cfg.Registry.CheckKey(id, hash); err != nil {
+		return nil, err
+	}
 	svids, err := s.cfg.Authority.IssueX509(ctx, origin(ctx), []ca.X509Request{{Kind: ca.Agent, ID: id, PublicKey: key, Rule: rule}})
 	if err != nil {
 		return nil, err
@@ -131,10 +140,6 @@ func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypt
 	svid := svids[0]
 	if svid.Err != nil {
 		return nil, svid.Err
-	}
-	hash, err := attest.KeyHash(key)
-	if err != nil {
-		return nil, err
 	}
 	issued := registry.Issued{Under: under, Serial: svid.Serial, KeyHash: hash, NotAfter: svid.NotAfter, Authority: svid.AuthorityID}
 	if err := s.cfg.Registry.RecordIssued(ctx, id, issued); err != nil {

@@ -138,6 +138,48 @@ type Issued struct {
 	Authority string
 }
 
+// RecordAttested makes the record of an agent that may attest any number of
+// times, or brings it up to date. Which
+// certificate is the agent's is not touched: the present one is void from the
+// first use of the one that is signed next for the key whose hash is keyHash.
+// A banned agent stays banned.
+func (r *Registry) RecordAttested(ctx context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash string) error {
+	if err := r.CheckKey(id, keyHash); err != nil {
+		return err
+	}
+	if len(selectors) > 0 {
+		if err := checkSelectors(selectors); err != nil {
+			return err
+		}
+	}
+	for range conflictRetries {
+		a, stored, err := r.storedAgent(ctx, id)
+		if errors.Is(err, fault.NotFound) {
+			a, stored = Agent{ID: id}, 0
+		} else if err != nil {
+			return err
+		}
+		if a.Banned {
+			return agentBanned()
+		}
+		a.Attestor, a.Selectors, a.CanReattest, a.AttestedAt = attestor, selectors, true, wall(time.Now())
+		value, err := encodeAgent(&a)
+		if err != nil {
+			return err
+		}
+		revision, err := r.commit(ctx,
+			[]store.Precondition{{Key: agentKey(id), Revision: stored}},
+			[]store.Write{{Key: agentKey(id), Value: value}})
+		if err == nil {
+			return r.applied(ctx, revision)
+		}
+		if !errors.Is(err, fault.Conflict) {
+			return err
+		}
+	}
+	return agentBusy()
+}
+
 // RecordIssued notes a certificate that was signed for the agent. It becomes
 // the pending one; a pending one before it, never used, is void. What was asked
 // for under a certificate that has been replaced meanwhile is refused: a

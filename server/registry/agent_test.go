@@ -1,6 +1,7 @@
 package registry_test
 
 import (
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -9,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -298,4 +300,100 @@ func ban(t *testing.T, r *registry.Registry, agent spiffeid.ID) {
 	if err := r.Ban(t.Context(), agent); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// An agent that can attest again does so at any time; the certificate that it
+// has is good until the next one is used. A ban holds, an eviction lifts it.
+func TestAttestedAgentComesBackAtAnyTime(t *testing.T) {
+	s := start(t, t.TempDir())
+	id := spiffeid.RequireFromString("spiffe://example.org/assay/agent/x509pop/ab")
+	facts := func(values ...string) (set selector.Set) {
+		for _, v := range values {
+			set = append(set, selector.Selector{Type: "x509pop", Value: v})
+		}
+		return selector.NewSet(set...)
+	}
+	attested := func(set selector.Set, keyHash string) error {
+		return s.RecordAttested(t.Context(), id, "x509pop", set, keyHash)
+	}
+	if err := attested(facts("subject:cn:a"), key(1)); err != nil {
+		t.Fatal(err)
+	}
+	issued(t, s.Registry, id, "01", key(1))
+	use(t, s.Registry, id, "01")
+	if err := attested(facts("subject:cn:a", "serialnumber:01"), key(2)); err != nil {
+		t.Fatal(err)
+	}
+	use(t, s.Registry, id, "01")
+	issued(t, s.Registry, id, "02", key(2))
+	use(t, s.Registry, id, "02")
+	wantFault(t, s.CheckAgent(id, "01"), fault.Denied, "agent_svid_not_active")
+	s = s.restart(t)
+	got, ok := s.Agent(id)
+	if !ok || got.Attestor != "x509pop" || !got.CanReattest || len(got.Selectors) != 2 || got.ActiveSerial != "02" || got.AttestedAt.IsZero() {
+		t.Fatalf("got %+v", got)
+	}
+	wantFault(t, s.Rejoinable(id, key(2), time.Now()), fault.Denied, "rejoin_refused")
+	if err := attested(facts("subject:cn:a\n"), key(2)); err == nil {
+		t.Error("a selector that can't be stored was taken")
+	}
+	if err := s.Ban(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	wantFault(t, attested(facts("subject:cn:a"), key(3)), fault.Denied, "agent_banned")
+	if err := s.Evict(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := attested(nil, key(2)); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := s.Agent(id); got.ActiveSerial != "" || got.Banned || len(got.Selectors) != 0 {
+		t.Errorf("after the eviction: %+v", got)
+	}
+}
+
+// NEG-19: a key is one agent's, from when it is certified until it is replaced
+// or the agent evicted; the index follows the records, across restarts too.
+func TestKeyIsCertifiedForOneAgent(t *testing.T) {
+	s := start(t, t.TempDir())
+	a, b := join(t, s.Registry, key(1)), join(t, s.Registry, key(2))
+	issued(t, s.Registry, a, "01", key(1))
+	check := func(id spiffeid.ID, n int, free bool) {
+		t.Helper()
+		err := s.CheckKey(id, key(n))
+		if free != (err == nil) || err != nil && (fault.KindOf(err) != fault.Denied || fault.ReasonOf(err) != "binding_mismatch") {
+			t.Errorf("key %d: %v", n, err)
+		}
+		if strings.Contains(fault.SafeText(err), a.String()) {
+			t.Error("the refusal names the agent that has the key")
+		}
+	}
+	for range 2 {
+		check(a, 1, true)
+		check(b, 1, false)
+		check(b, 2, true)
+		check(b, 3, true)
+		s = s.restart(t)
+	}
+	wantFault(t, s.RecordAttested(t.Context(), b, "x509pop", nil, key(1)), fault.Denied, "binding_mismatch")
+	token, err := s.CreateToken(t.Context(), "", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.RedeemToken(t.Context(), token.Value, key(1))
+	wantFault(t, err, fault.Denied, "binding_mismatch")
+	if _, err := s.RedeemToken(t.Context(), token.Value, key(4)); err != nil {
+		t.Errorf("the token was used up: %v", err)
+	}
+	use(t, s.Registry, a, "01")
+	issued(t, s.Registry, a, "02", key(5))
+	check(b, 1, false) // active
+	check(b, 5, false) // pending
+	use(t, s.Registry, a, "02")
+	check(b, 1, true) // replaced
+	check(b, 5, false)
+	if err := s.Evict(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	check(b, 5, true)
 }

@@ -115,6 +115,10 @@ func (m *mirror) putAgent(a *agentItem, c *change) {
 	old := m.agents[a.ID.String()]
 	m.agents[a.ID.String()] = a
 	if old != nil {
+		m.keys.remove(old)
+	}
+	m.keys.put(a)
+	if old != nil {
 		if slices.Equal(old.Selectors, a.Selectors) {
 			return
 		}
@@ -126,6 +130,7 @@ func (m *mirror) putAgent(a *agentItem, c *change) {
 
 func (m *mirror) removeAgent(a *agentItem, c *change) {
 	delete(m.agents, a.ID.String())
+	m.keys.remove(a)
 	m.aliases.removeAgent(a)
 	m.link(a.ID, c)
 }

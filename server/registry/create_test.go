@@ -328,11 +328,11 @@ func TestWhatIsCommittedIsReportedAsDone(t *testing.T) {
 			return err
 		})
 		during(func(ctx context.Context) error {
-			_, err := s.RedeemToken(ctx, token.Value, key(1))
+			_, err := s.RedeemToken(ctx, token.Value, key(n))
 			return err
 		})
 		during(func(ctx context.Context) error {
-			return s.RecordIssued(ctx, token.AgentID, registry.Issued{Serial: "01", KeyHash: key(1), NotAfter: time.Now().Add(time.Hour)})
+			return s.RecordIssued(ctx, token.AgentID, registry.Issued{Serial: "01", KeyHash: key(n), NotAfter: time.Now().Add(time.Hour)})
 		})
 		during(func(ctx context.Context) error { return s.UseSerial(ctx, token.AgentID, "01") })
 	}

@@ -44,6 +44,7 @@ type mirror struct {
 	similar  map[uint64]*item // by similarity.short
 	parents  map[string]*parent
 	agents   map[string]*agentItem // by SPIFFE ID
+	keys     keyIndex
 	aliases  aliasIndex
 	expiring sorted // live entries with an end, soonest first
 	expired  sorted // entries past their end and still stored
@@ -75,7 +76,7 @@ func newMirror(r rules, changes int) *mirror {
 	return &mirror{
 		rules:   r,
 		entries: map[string]*item{}, ordered: sorted{compare: byID}, similar: map[uint64]*item{},
-		parents: map[string]*parent{}, agents: map[string]*agentItem{}, aliases: newAliasIndex(),
+		parents: map[string]*parent{}, agents: map[string]*agentItem{}, keys: keyIndex{}, aliases: newAliasIndex(),
 		expiring: sorted{compare: byExpiry}, expired: sorted{compare: byExpiry},
 		log: changeLog{limit: changes}, sooner: make(chan struct{}, 1),
 	}

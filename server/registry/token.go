@@ -214,11 +214,19 @@ func (r *Registry) redeem(ctx context.Context, h tokenHash, keyHash string) (spi
 		if err != nil {
 			return spiffeid.ID{}, redeemedFailed, err
 		}
-		switch result := r.judge(state, keyHash, time.Now()); result {
+		result := r.judge(state, keyHash, time.Now())
+		switch result {
 		case redeemedInvalid:
 			return spiffeid.ID{}, result, tokenInvalid()
 		case redeemedBanned:
 			return spiffeid.ID{}, result, agentBanned()
+		}
+		// Before the token is used up; who has a token that is worth nothing
+		// does not learn anything about keys.
+		if err := r.CheckKey(id, keyHash); err != nil {
+			return spiffeid.ID{}, redeemedFailed, err
+		}
+		switch result {
 		case redeemedAgain:
 			if err := r.WaitRevision(ctx, state.agentStored); err != nil {
 				return spiffeid.ID{}, redeemedFailed, err
