@@ -29,6 +29,9 @@ type Config struct {
 	// if the server does not take the agent back after a long absence; then it
 	// has to hold a new token. Default none.
 	JoinTokenFile string `yaml:"join_token_file"`
+	// X509Pop proves the node by a certificate that it has from another
+	// authority, instead of a join token. Default none.
+	X509Pop X509PopConfig `yaml:"x509pop"`
 	// Sockets are where workloads find the agent.
 	Sockets SocketsConfig `yaml:"sockets"`
 	// Attestation says how callers are told apart.
@@ -60,6 +63,17 @@ type ServerConfig struct {
 	// ca.example.org:8443, tried in turn. A name may have several addresses
 	// itself. Mandatory: at least one.
 	Addresses []string `yaml:"addresses"`
+}
+
+// X509PopConfig is the `x509pop` part of Config. Both files are read anew at
+// each attestation, so a certificate that was renewed is picked up then.
+type X509PopConfig struct {
+	// CertificateFile has the node's certificate and behind it those that lead
+	// to the server's attestation.x509pop.ca_bundle_file, in PEM.
+	CertificateFile string `yaml:"certificate_file"`
+	// PrivateKeyFile has the key of that certificate in PEM, without a
+	// passphrase, with mode 0600.
+	PrivateKeyFile string `yaml:"private_key_file"`
 }
 
 // SocketsConfig is the `sockets` part of Config.

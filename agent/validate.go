@@ -32,7 +32,7 @@ const (
 // configuration.
 func (c Config) Validate() (Config, error) {
 	c = c.withDefaults()
-	for _, check := range []func() error{c.checkTrust, c.checkServers, c.checkPlaces, c.checkChoices, c.Limits.Check} {
+	for _, check := range []func() error{c.checkTrust, c.checkEvidence, c.checkServers, c.checkPlaces, c.checkChoices, c.Limits.Check} {
 		if err := check(); err != nil {
 			return Config{}, err
 		}
@@ -83,6 +83,20 @@ func (c Config) checkTrust() error {
 	return nil
 }
 
+func (c Config) checkEvidence() error {
+	switch x := c.X509Pop; {
+	case x == X509PopConfig{}:
+		return nil
+	case x.CertificateFile == "":
+		return badConfig("x509pop.certificate_file is missing: set x509pop: {certificate_file: /etc/assay-agent/node.pem, private_key_file: /etc/assay-agent/node.key}")
+	case x.PrivateKeyFile == "":
+		return badConfig("x509pop.private_key_file is missing: set x509pop.private_key_file: /etc/assay-agent/node.key")
+	case c.JoinTokenFile != "":
+		return badConfig("join_token_file and x509pop exclude each other: take one out")
+	}
+	return nil
+}
+
 func (c Config) checkServers() error {
 	if len(c.Server.Addresses) == 0 {
 		return badConfig("server.addresses is missing: set server: {addresses: [ca.example.org:8443]}")
@@ -121,6 +135,8 @@ func (c Config) checkPlaces() error {
 		{"sockets.dir", c.Sockets.Dir, defaultSockets},
 		{"trust_bundle", c.TrustBundle, "/etc/assay-agent/bundle.pem"},
 		{"join_token_file", c.JoinTokenFile, "/etc/assay-agent/join.token"},
+		{"x509pop.certificate_file", c.X509Pop.CertificateFile, "/etc/assay-agent/node.pem"},
+		{"x509pop.private_key_file", c.X509Pop.PrivateKeyFile, "/etc/assay-agent/node.key"},
 	} {
 		if place.path != "" && (!filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0)) {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)

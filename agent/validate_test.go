@@ -63,6 +63,13 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"relative token", func(c *Config) { c.JoinTokenFile = "token" }, "join_token_file: /"},
 		{"relative bundle", func(c *Config) { c.Pin, c.TrustBundle = "", "bundle" }, "trust_bundle: /"},
 		{"TCP", func(c *Config) { c.Sockets.Dir = "tcp://0.0.0.0:8081" }, "sockets.dir: /"}, // WL-1, WL-3
+		{"a certificate without its key", func(c *Config) { c.X509Pop.CertificateFile = "/node.pem" }, "set x509pop.private_key_file: /etc"},
+		{"a key without its certificate", func(c *Config) { c.X509Pop.PrivateKeyFile = "/node.key" }, "certificate_file: /etc"},
+		{"a relative certificate", func(c *Config) { c.X509Pop = X509PopConfig{"node.pem", "/node.key"} }, "x509pop.certificate_file: /etc"},
+		{"a relative key", func(c *Config) { c.X509Pop = X509PopConfig{"/node.pem", "node.key"} }, "x509pop.private_key_file: /etc"},
+		{"a certificate and a token", func(c *Config) {
+			c.X509Pop, c.JoinTokenFile = X509PopConfig{"/node.pem", "/node.key"}, "/token"
+		}, "join_token_file and x509pop exclude each other"},
 		{"long socket", func(c *Config) { c.Sockets.Dir = "/" + strings.Repeat("x", 100) }, "sockets.dir: /run/assay/public"},
 		{"a socket one byte too long", func(c *Config) {
 			c.Sockets.Dir = "/" + strings.Repeat("x", durable.MaxSocketPath-len("/"+"/api.sock")+1)
@@ -90,6 +97,11 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 	fits.Server.Addresses = []string{"[2001:db8::1]:8443", "[fe80::1%eth0]:1", "10.0.0.1:65535", "ca_1.example-2.org.:8443", "localhost:1"}
 	fits.Metrics.Listen = ":9403"
 	if _, err := fits.Validate(); err != nil {
+		t.Error(err)
+	}
+	popped := good()
+	popped.X509Pop = X509PopConfig{"/node.pem", "/node.key"}
+	if _, err := popped.Validate(); err != nil {
 		t.Error(err)
 	}
 	spire := good()

@@ -87,6 +87,9 @@ type StoreConfig struct {
 type AttestationConfig struct {
 	// JoinToken is attestation by a one-time secret.
 	JoinToken JoinTokenConfig `yaml:"join_token"`
+	// X509Pop is attestation by a certificate that the node has from another
+	// authority.
+	X509Pop X509PopConfig `yaml:"x509pop"`
 	// RejoinWindow is how long after the end of its SVID an agent may come
 	// back with the key it was last certified for; 0s turns that off. It also
 	// bounds, together with ten minutes, how long an agent that lost the
@@ -101,6 +104,16 @@ type AttestationConfig struct {
 type JoinTokenConfig struct {
 	// MaxTTL is the longest life that a join token can be given. Default 1h.
 	MaxTTL time.Duration `yaml:"max_ttl"`
+}
+
+// X509PopConfig is the `attestation.x509pop` part of Config.
+type X509PopConfig struct {
+	// CABundleFile has the authorities, in PEM, whose certificates make a
+	// node: whoever holds a certificate of theirs that is for digitalSignature,
+	// and its key, joins as an agent. So name an authority that gives
+	// certificates to nodes alone. It is read at start. Default none, which
+	// turns this attestor off.
+	CABundleFile string `yaml:"ca_bundle_file"`
 }
 
 // LimitsConfig is the `limits` part of Config. Agents are limited by their

@@ -77,12 +77,18 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 }
 
 func (s *Server) agentService(r *rooms) *api.AgentService {
+	attestors := map[string]api.NodeAttestor{
+		agentv1.AttestorJoinToken: attest.NewJoinToken(r.registry),
+		agentv1.AttestorRejoin:    attest.NewRejoin(r.registry),
+	}
+	if len(r.nodeRoots) > 0 {
+		attestors[agentv1.AttestorX509Pop] = attest.NewX509Pop(attest.X509PopConfig{
+			TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Roots: r.nodeRoots, Records: r.registry,
+		})
+	}
 	return api.NewAgentService(api.AgentConfig{
 		TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Authority: r.authority, Registry: r.registry,
-		Attestors: map[string]api.NodeAttestor{
-			agentv1.AttestorJoinToken: attest.NewJoinToken(r.registry),
-			agentv1.AttestorRejoin:    attest.NewRejoin(r.registry),
-		},
+		Attestors: attestors, Refused: r.refusals.Report,
 		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
 		SyncStreams: s.cfg.Limits.AgentConnections, // an honest agent has one on each
 		Rates: api.AgentRates{

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,6 +12,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/api"
+	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/keys"
@@ -27,6 +29,7 @@ type rooms struct {
 	authority *ca.Authority
 	registry  *registry.Registry
 	refusals  *api.Refusals
+	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
 	warnings  []string
 	startedAt time.Time
 
@@ -61,6 +64,9 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if r.nodeRoots, err = loadNodeRoots(s.cfg.Attestation.X509Pop.CABundleFile); err != nil {
+		return nil, err
+	}
 	// Before anything is made that can't be taken back: an address that is in
 	// use must not cost a trust domain its first root.
 	if err := s.bind(ctx, r); err != nil {
@@ -90,6 +96,28 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	return r, nil
+}
+
+// maxNodeRoots bounds the file of loadNodeRoots.
+const maxNodeRoots = 1 << 20
+
+// loadNodeRoots reads the authorities that vouch for nodes. A file that can't
+// be used stops the server: none at all would be another rule than the one
+// that was configured.
+func loadNodeRoots(path string) ([]*x509.Certificate, error) {
+	if path == "" {
+		return nil, nil
+	}
+	data, err := durable.ReadTrusted(path, maxNodeRoots)
+	if err != nil {
+		return nil, fmt.Errorf("read attestation.x509pop.ca_bundle_file: %w", err)
+	}
+	roots, err := attest.ParseNodeRoots(data)
+	if err != nil {
+		return nil, fault.Wrap(fault.Precondition, err, "config_x509pop",
+			"attestation.x509pop.ca_bundle_file: "+path+" can't be used: put PEM certificates of authorities into it, and nothing else")
+	}
+	return roots, nil
 }
 
 // bind opens both listeners; nothing is served on them yet.

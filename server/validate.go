@@ -138,8 +138,9 @@ func (c Config) checkPlaces() error {
 		{"seal_key_file", c.SealKeyFile, defaultSealKey},
 		{"admin.socket", c.Admin.Socket, defaultSocket},
 		{"audit.path", c.Audit.Path, filepath.Join(defaultDataDir, "audit.log")},
+		{"attestation.x509pop.ca_bundle_file", c.Attestation.X509Pop.CABundleFile, "/etc/assay-server/nodes-ca.pem"},
 	} {
-		if !filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0) {
+		if place.path != "" && !filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0) {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
 
@@ -49,9 +51,15 @@ func (n *Node) ensureIdentity(ctx context.Context) (state.Identity, error) {
 	return id, nil
 }
 
-// attest tries the ways in that are open, in order: the key of the identity
-// that ended, then a join token that it did not use before.
+// attest proves the node by its certificate, if it has one. Otherwise it tries
+// the ways in that are open, in order: the key of the identity that ended, then
+// a join token that it did not use before.
 func (n *Node) attest(ctx context.Context) error {
+	if n.cfg.X509Pop.isSet() {
+		err := n.joinByCertificate(ctx)
+		n.metrics.attempt("x509pop", err)
+		return err
+	}
 	id, known := n.state.Identity()
 	var rejoinErr error
 	if known {
@@ -111,8 +119,10 @@ func tokenHash(token string) string {
 }
 
 func (n *Node) join(ctx context.Context, token string) error {
-	evidence := func(context.Context) ([]byte, error) { return []byte(token), nil }
-	return n.attestBy(ctx, agentv1.AttestorJoinToken, evidence, tokenHash(token))
+	return n.attestBy(ctx, evidence{
+		attestor: agentv1.AttestorJoinToken, tokenHash: tokenHash(token),
+		payload: func(context.Context) ([]byte, error) { return []byte(token), nil },
+	})
 }
 
 // rejoin proves possession of the key that the server certified last. If the
@@ -124,24 +134,35 @@ func (n *Node) rejoin(ctx context.Context, id state.Identity) error {
 	}
 	var err error
 	for _, key := range keys {
-		evidence := func(ctx context.Context) ([]byte, error) { return rejoinEvidence(ctx, id, key) }
-		if err = n.attestBy(ctx, agentv1.AttestorRejoin, evidence, id.TokenHash); err == nil || !refused(err) || isBan(err) {
+		if err = n.attestBy(ctx, evidence{
+			attestor: agentv1.AttestorRejoin, tokenHash: id.TokenHash,
+			payload: func(ctx context.Context) ([]byte, error) { return rejoinEvidence(ctx, id, key) },
+		}); err == nil || !refused(err) || isBan(err) {
 			return err
 		}
 	}
 	return err
 }
 
-// rejoinEvidence signs the keying material of the TLS connection that ctx's
-// stream runs over, so that it is worth nothing on any other.
-func rejoinEvidence(ctx context.Context, id state.Identity, key *ecdsa.PrivateKey) ([]byte, error) {
+// connectionOf returns the TLS connection that ctx's stream runs over.
+func connectionOf(ctx context.Context) (*tls.ConnectionState, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil, errors.New("find the connection of the stream: no peer")
 	}
-	tlsState, ok := rpc.PeerConnectionState(p)
+	state, ok := rpc.PeerConnectionState(p)
 	if !ok {
 		return nil, errors.New("find the connection of the stream: no TLS")
+	}
+	return &state, nil
+}
+
+// rejoinEvidence signs the keying material of the TLS connection that ctx's
+// stream runs over, so that it is worth nothing on any other.
+func rejoinEvidence(ctx context.Context, id state.Identity, key *ecdsa.PrivateKey) ([]byte, error) {
+	tlsState, err := connectionOf(ctx)
+	if err != nil {
+		return nil, err
 	}
 	agentID := id.AgentID.String()
 	material, err := tlsState.ExportKeyingMaterial(agentv1.RejoinExporterLabel, []byte(agentID), agentv1.RejoinExporterLength)
@@ -160,9 +181,21 @@ func rejoinEvidence(ctx context.Context, id state.Identity, key *ecdsa.PrivateKe
 	return proto.Marshal(&agentv1.RejoinPayload{AgentId: agentID, PublicKey: spki, Signature: signature})
 }
 
+// evidence is what one attestor asks of a node.
+type evidence struct {
+	attestor string
+	// payload is made for the stream that ctx belongs to.
+	payload func(ctx context.Context) ([]byte, error)
+	// answer is to the one challenge that there may be; nil for none. key is
+	// the one that is to be certified.
+	answer func(state *tls.ConnectionState, key *ecdsa.PublicKey, challenge []byte) ([]byte, error)
+	// tokenHash goes into the identity.
+	tokenHash string
+}
+
 // attestBy goes through one attestation. The key is durable before the server
 // sees it: a lost reply is asked for again with the same key.
-func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(context.Context) ([]byte, error), tokenHash string) error {
+func (n *Node) attestBy(ctx context.Context, by evidence) error {
 	key, err := n.state.NextKey()
 	if err != nil {
 		return err
@@ -182,39 +215,73 @@ func (n *Node) attestBy(ctx context.Context, attestor string, evidence func(cont
 	if err != nil {
 		return cc.explain(err)
 	}
-	payload, err := evidence(stream.Context())
+	identity, err := by.exchange(stream, key, csr)
 	if err != nil {
-		return err
+		return n.forgetKey(cc.explain(err))
 	}
-	// If sending fails, receiving says why.
-	_ = stream.Send(&agentv1.AttestRequest{Step: &agentv1.AttestRequest_Start_{Start: &agentv1.AttestRequest_Start{
-		Attestor: attestor, Payload: payload, Csr: csr,
-	}}})
-	resp, err := stream.Recv()
-	if err != nil {
-		return cc.explain(err)
-	}
-	if resp.GetIdentity() == nil {
-		return fault.Newf(fault.Precondition, "challenge_unexpected", "the server sent a challenge, which attestor %s has none of: upgrade the agent", attestor)
-	}
-	b, err := state.BundleFrom(n.cfg.TrustDomain, resp.GetIdentity().GetBundle())
+	b, err := state.BundleFrom(n.cfg.TrustDomain, identity.GetBundle())
 	if err != nil {
 		return err
 	}
 	if err := n.state.SaveBundle(b); err != nil {
 		return err
 	}
-	id, err := n.accept(resp.GetIdentity(), key)
+	id, err := n.accept(identity, key)
 	if err != nil {
 		return err
 	}
-	id.TokenHash = tokenHash
+	id.TokenHash = by.tokenHash
 	if err := n.save(id); err != nil {
 		return err
 	}
-	n.log.InfoContext(ctx, "attested", slog.String("attestor", attestor), slog.String("agent_id", id.AgentID.String()),
+	n.log.InfoContext(ctx, "attested", slog.String("attestor", by.attestor), slog.String("agent_id", id.AgentID.String()),
 		slog.Time("not_after", id.NotAfter()))
 	return nil
+}
+
+// exchange sends the evidence, answers the challenge if there is one, and
+// returns what the server certified. Errors of the stream are gRPC's.
+func (by evidence) exchange(stream grpc.BidiStreamingClient[agentv1.AttestRequest, agentv1.AttestResponse], key *ecdsa.PrivateKey, csr []byte) (*agentv1.Identity, error) {
+	payload, err := by.payload(stream.Context())
+	if err != nil {
+		return nil, err
+	}
+	// If sending fails, receiving says why.
+	_ = stream.Send(&agentv1.AttestRequest{Step: &agentv1.AttestRequest_Start_{Start: &agentv1.AttestRequest_Start{
+		Attestor: by.attestor, Payload: payload, Csr: csr,
+	}}})
+	resp, err := stream.Recv()
+	if err != nil {
+		return nil, err
+	}
+	if challenge, ok := resp.GetStep().(*agentv1.AttestResponse_Challenge); ok && by.answer != nil {
+		conn, err := connectionOf(stream.Context())
+		if err != nil {
+			return nil, err
+		}
+		answer, err := by.answer(conn, &key.PublicKey, challenge.Challenge)
+		if err != nil {
+			return nil, err
+		}
+		_ = stream.Send(&agentv1.AttestRequest{Step: &agentv1.AttestRequest_ChallengeResponse{ChallengeResponse: answer}})
+		if resp, err = stream.Recv(); err != nil {
+			return nil, err
+		}
+	}
+	if resp.GetIdentity() == nil {
+		return nil, fault.Newf(fault.Precondition, "challenge_unexpected", "the server sent a challenge that attestor %s has none of: upgrade the agent", by.attestor)
+	}
+	return resp.GetIdentity(), nil
+}
+
+// forgetKey drops the key of the next CSR if the server knows it as another
+// agent's: this data directory is a copy, and the next attempt is with a key
+// of its own.
+func (n *Node) forgetKey(err error) error {
+	if fault.ReasonOf(err) != agentv1.ReasonBindingMismatch {
+		return err
+	}
+	return errors.Join(err, n.state.DropNextKey())
 }
 
 // renew has a new key certified over the connection.
@@ -231,7 +298,7 @@ func (n *Node) renew(ctx context.Context, conn *Conn, old state.Identity) error 
 	defer cancel()
 	resp, err := conn.Client.Renew(ctx, &agentv1.RenewRequest{Csr: csr})
 	if err != nil {
-		return conn.cc.explain(err)
+		return n.forgetKey(conn.cc.explain(err))
 	}
 	// The bundle in the reply may be older than what Sync delivered in the
 	// meantime; Sync is the one road for bundles of a connected agent.

@@ -122,6 +122,10 @@ type fake struct {
 	calls   map[string]int
 	keys    []string // every key that was certified, in order
 	evil    func()   // called when a token arrives
+	// taken are keys that other agents have.
+	taken map[string]bool
+	// challenges replace the one that x509pop sends.
+	challenges [][]byte
 
 	lis  *bufconn.Listener
 	grpc *grpc.Server
@@ -241,6 +245,8 @@ func (f *fake) Attest(stream grpc.BidiStreamingServer[agentv1.AttestRequest, age
 		agentID, err = f.redeem(string(start.GetPayload()), csr)
 	case "rejoin":
 		agentID, err = f.takeBack(stream.Context(), start.GetPayload())
+	case "x509pop":
+		agentID, err = f.prove(stream, start.GetPayload(), csr)
 	}
 	if err != nil {
 		return wire(err)

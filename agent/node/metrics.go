@@ -15,7 +15,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		}),
 		attempts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_agent_node_attempts_total",
-			Help: "Attempts to prove the node to the server, by step (pin, join_token, rejoin, connect, renew) and result (ok, failed).",
+			Help: "Attempts to prove the node to the server, by step (pin, join_token, rejoin, x509pop, connect, renew) and result (ok, failed).",
 		}, []string{"step", "result"}),
 	}
 	reg.MustRegister(m.notAfter, m.attempts)

@@ -32,6 +32,8 @@ type Config struct {
 	Pin         string
 	// JoinTokenFile may be empty once the agent has an identity.
 	JoinTokenFile string
+	// X509Pop is how the node proves itself instead, if it is set.
+	X509Pop X509Pop
 	// Version is what the agent tells the server about itself.
 	Version string
 }
@@ -118,17 +120,19 @@ func (n *Node) Run(ctx context.Context) error {
 }
 
 func (n *Node) run(ctx context.Context) error {
-	if _, ok := n.state.Identity(); !ok && n.cfg.JoinTokenFile == "" {
-		return fault.New(fault.Precondition, "config_no_attestor", "this agent has no identity yet: set join_token_file")
+	if _, ok := n.state.Identity(); !ok && n.cfg.JoinTokenFile == "" && !n.cfg.X509Pop.isSet() {
+		return fault.New(fault.Precondition, "config_no_attestor", "this agent has no identity yet: set join_token_file or x509pop")
 	}
 	if err := n.establishTrust(ctx); err != nil {
 		return err
 	}
+	taken := schedule.Backoff{Min: 2 * time.Second, Max: time.Minute}
 	for {
 		id, err := n.ensureIdentity(ctx)
 		if err != nil {
 			return err
 		}
+		since := time.Now()
 		conn, err := n.connect(ctx, id)
 		if err == nil {
 			n.publish(conn)
@@ -139,13 +143,34 @@ func (n *Node) run(ctx context.Context) error {
 		switch {
 		case err == nil: // renewed: the connection lives until its successor works
 		case errors.Is(err, errNotAccepted):
-			n.log.WarnContext(ctx, "attesting anew", slog.String("error", err.Error()))
 			n.disowned = true
 			n.publish(nil)
+			pause := time.Duration(0)
+			if fault.ReasonOf(err) == agentv1.ReasonAgentSVIDNotActive {
+				pause = pauseAfterTakeover(&taken, time.Since(since))
+			}
+			n.log.WarnContext(ctx, "attesting anew", slog.String("error", err.Error()), slog.Duration("in", pause))
+			if err := schedule.Sleep(ctx, pause); err != nil {
+				return err
+			}
 		default:
 			return err
 		}
 	}
+}
+
+// heldLong is how long an identity has to last for its loss not to count with
+// the one before.
+const heldLong = 10 * time.Minute
+
+// pauseAfterTakeover is how long to wait when another certificate of this
+// agent was used. If that was another machine with the same evidence, both
+// would take it from each other as fast as they can attest.
+func pauseAfterTakeover(taken *schedule.Backoff, held time.Duration) time.Duration {
+	if held > heldLong {
+		taken.Reset()
+	}
+	return taken.Next()
 }
 
 // retry does what until it succeeds, ctx ends or the server's verdict on this

@@ -38,7 +38,7 @@ type attestStream = grpc.BidiStreamingServer[agentv1.AttestRequest, agentv1.Atte
 //     can't use up a token.
 //  3. The attestor decides, with challenges through the stream if it has any.
 //     A right that can be used once is used, and the agent recorded, in one
-//     commit of the registry.
+//     commit of the registry. A key that is another agent's is refused first.
 //  4. The authority signs the agent's certificate, which is audited first.
 //  5. The registry records its serial and key as pending.
 //  6. The attestation itself is audited, granted or refused.
@@ -101,6 +101,9 @@ func (s *AgentService) attest(ctx context.Context, start *agentv1.AttestRequest_
 	granted, err := attestor.Attest(ctx, attest.Evidence{
 		Payload: start.GetPayload(), PublicKey: key, Export: state.ExportKeyingMaterial,
 	}, node.ask)
+	if err != nil && !granted.AgentID.IsZero() {
+		return &agentv1.Identity{AgentId: granted.AgentID.String()}, err // who it was is known, for the audit log
+	}
 	if err != nil {
 		return nil, err
 	}

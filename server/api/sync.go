@@ -72,7 +72,9 @@ func (s *AgentService) Sync(stream syncStream) error {
 func (s *AgentService) watch(session *syncSession, incoming <-chan *agentv1.SyncRequest, ends <-chan error) error {
 	recheck := time.NewTicker(recheckEvery)
 	defer recheck.Stop()
-	rule := AgentRule(s.cfg.ReservedPrefix, s.cfg.Registry)
+	// An agent whose certificate was replaced may have no other call to make:
+	// without this the alarm would be lost.
+	rule := reporting(AgentRule(s.cfg.ReservedPrefix, s.cfg.Registry), s.cfg.Refused)
 	for {
 		select {
 		case err := <-ends:

@@ -9,7 +9,7 @@
 //
 // The order of steps is the same in all attestors: bound and read the payload,
 // check its proof of possession, and only then ask the records, which decide.
-// Refusals don't say which of the steps failed.
+// Refusals don't say which of the steps failed; their causes do, for the log.
 //
 // Tokens and records come through interfaces of one method; this package
 // knows neither the registry nor the certificate authority.

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/name"
@@ -43,8 +42,8 @@ func NewRejoin(records rejoinRecords) *Rejoin { return &Rejoin{records: records}
 // is the one on record. Each refusal is the same; its cause is for our log.
 func (r *Rejoin) Attest(ctx context.Context, e Evidence, _ func(context.Context, []byte) ([]byte, error)) (Result, error) {
 	var p agentv1.RejoinPayload
-	if err := proto.Unmarshal(e.Payload, &p); err != nil {
-		return Result{}, refused(fmt.Errorf("read payload: %w", err))
+	if err := decode(e.Payload, &p); err != nil {
+		return Result{}, refused(err)
 	}
 	if len(p.GetAgentId()) > maxAgentID || len(p.GetPublicKey()) > maxRejoinKey || len(p.GetSignature()) > maxRejoinSignature {
 		return Result{}, refused(errors.New("read payload: too long"))

@@ -17,6 +17,9 @@ type Agent struct {
 	ServerPort int
 	// More is appended to its configuration.
 	More string
+	// CertificateFile and KeyFile, if set, are how it proves the node, and then
+	// it needs no token.
+	CertificateFile, KeyFile string
 
 	site *Site
 	name string
@@ -64,27 +67,51 @@ func (a *Agent) Start(token Token, env ...string) *Agent {
 // before.
 func (a *Agent) Launch(token Token, env ...string) {
 	a.site.tb.Helper()
+	config := a.site.Write(a.name+".yaml", fmt.Sprintf(`trust_domain: %s
+server:
+  addresses: [127.0.0.1:%d]
+%ssockets:
+  dir: %s
+data_dir: %s
+run_dir: %s
+metrics:
+  listen: 127.0.0.1:%d
+%s`, a.site.TrustDomain, a.ServerPort, a.evidence(token), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
+	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
+}
+
+// evidence is how the agent knows its server and proves itself to it.
+func (a *Agent) evidence(token Token) string {
+	a.site.tb.Helper()
+	if a.CertificateFile != "" {
+		bundle := a.site.File(a.name + ".bundle")
+		if _, err := os.Stat(bundle); err != nil { // the server may be away later
+			a.site.Write(a.name+".bundle", a.site.CLI("bundle", "show"))
+		}
+		return fmt.Sprintf("trust_bundle: %s\nx509pop:\n  certificate_file: %s\n  private_key_file: %s\n", bundle, a.CertificateFile, a.KeyFile)
+	}
 	if token.Token != "" {
 		a.site.Write(a.name+".token", token.Token)
 		a.site.Write(a.name+".pin", token.Pin)
 	}
 	pin, err := os.ReadFile(a.site.File(a.name + ".pin"))
 	if err != nil {
-		a.site.tb.Fatalf("an agent needs a token first: %v", err)
+		a.site.tb.Fatalf("an agent needs a token or a certificate first: %v", err)
 	}
-	config := a.site.Write(a.name+".yaml", fmt.Sprintf(`trust_domain: %s
-server:
-  addresses: [127.0.0.1:%d]
-pin: %s
-join_token_file: %s
-sockets:
-  dir: %s
-data_dir: %s
-run_dir: %s
-metrics:
-  listen: 127.0.0.1:%d
-%s`, a.site.TrustDomain, a.ServerPort, pin, a.site.File(a.name+".token"), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
-	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
+	return fmt.Sprintf("pin: %s\njoin_token_file: %s\n", pin, a.site.File(a.name+".token"))
+}
+
+// DataDir is what has to survive a reboot.
+func (a *Agent) DataDir() string { return a.site.File(a.name + "/data") }
+
+// Log is what the agent has logged so far.
+func (a *Agent) Log() string {
+	a.site.tb.Helper()
+	data, err := os.ReadFile(a.site.File(a.name + ".log"))
+	if err != nil {
+		a.site.tb.Fatalf("read the agent's log: %v", err)
+	}
+	return string(data)
 }
 
 // Restart ends the agent with sig and starts it again.
