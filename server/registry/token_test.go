@@ -183,6 +183,10 @@ func TestManyKeysOneTokenOneWinner(t *testing.T) {
 		}
 		wantFault(t, err, fault.Denied, "join_token_invalid")
 	}
+	// The winner's server answered when its own view had the agent.
+	if err := s.WaitRevision(t.Context(), other.Revision()); err != nil {
+		t.Fatal(err)
+	}
 	if winner < 0 || len(s.Agents()) != 1 {
 		t.Fatalf("winner %d, %d agents", winner, len(s.Agents()))
 	}
