@@ -51,9 +51,11 @@ func newAgentListCommand(t *tool) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := markConnected(ctx, s, agents); err != nil {
+			state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+			if err != nil {
 				return err
 			}
+			markConnected(state, agents)
 			return t.print(agentList{Agents: agents}, func(w io.Writer) error { return writeAgents(w, agents) })
 		}),
 	}
@@ -72,12 +74,8 @@ func listAgents(ctx context.Context, s *serverConn) ([]agentShape, error) {
 	return agents, err
 }
 
-// markConnected asks for what SPIRE's form of an agent has no field for.
-func markConnected(ctx context.Context, s *serverConn, agents []agentShape) error {
-	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
-	if err != nil {
-		return err
-	}
+// markConnected adds what SPIRE's form of an agent has no field for.
+func markConnected(state *adminv1.StatusResponse, agents []agentShape) {
 	connected := map[string]bool{}
 	for _, a := range state.GetAgents() {
 		connected[a.GetId()] = a.GetConnected()
@@ -85,7 +83,6 @@ func markConnected(ctx context.Context, s *serverConn, agents []agentShape) erro
 	for i := range agents {
 		agents[i].Connected = connected[agents[i].ID]
 	}
-	return nil
 }
 
 func agentFromProto(a *types.Agent) agentShape {

@@ -9,8 +9,10 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	spireagent "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
 )
 
 func newAgentShowCommand(t *tool) *cobra.Command {
@@ -30,18 +32,40 @@ func newAgentShowCommand(t *tool) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			one := []agentShape{agentFromProto(agent)}
-			if err := markConnected(ctx, s, one); err != nil {
+			one, err := describeAgent(ctx, s, agent)
+			if err != nil {
 				return err
 			}
-			return t.print(one[0], one[0].write)
+			return t.print(one, one.write)
 		}),
 	}
 	return t.serverFlags(cmd)
 }
 
+// agentDetail is what `agent show -o json` prints: the agent as in a list, and
+// the SPIFFE IDs besides its own whose entries it has.
+type agentDetail struct {
+	agentShape
+	Aliases []string `json:"aliases"`
+}
+
+func describeAgent(ctx context.Context, s *serverConn, agent *types.Agent) (agentDetail, error) {
+	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+	if err != nil {
+		return agentDetail{}, err
+	}
+	server, err := serverIDOf(state)
+	if err != nil {
+		return agentDetail{}, err
+	}
+	one := []agentShape{agentFromProto(agent)}
+	markConnected(state, one)
+	aliases, err := aliasesOf(ctx, s, server, agent)
+	return agentDetail{one[0], aliases}, err
+}
+
 // write is the text form of one agent.
-func (a agentShape) write(w io.Writer) error {
+func (a agentDetail) write(w io.Writer) error {
 	rows := table{}
 	rows.add("id", a.ID)
 	rows.add("attestor", a.Attestor)
@@ -51,6 +75,9 @@ func (a agentShape) write(w io.Writer) error {
 	rows.add("svid expires", stampOf(a.SVIDExpiresAt))
 	for _, selector := range a.Selectors {
 		rows.add("selector", selector)
+	}
+	for _, alias := range a.Aliases {
+		rows.add("alias", alias)
 	}
 	rows.add("can reattest", yesNo(a.CanReattest))
 	rows.add("version", a.Version)
@@ -157,9 +184,11 @@ func (t *tool) purgeAgents(ctx context.Context, s *serverConn, before time.Time,
 	if err != nil {
 		return err
 	}
-	if err := markConnected(ctx, s, all); err != nil {
+	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+	if err != nil {
 		return err
 	}
+	markConnected(state, all)
 	doc := newVerdicts()
 	var gone []string
 	for _, a := range all {

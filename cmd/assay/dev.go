@@ -227,7 +227,7 @@ func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
 // newAgent prepares the agent. Each start gets a token: an agent that still has
 // its identity does not look at it, one that lost it joins anew.
 func (d *dev) newAgent(ctx context.Context, s *serverConn, address string) (ag *agent.Agent, endpoint string, err error) {
-	token, err := createToken(ctx, s, 10*time.Minute)
+	token, err := createToken(ctx, s, 10*time.Minute, "")
 	if err != nil {
 		return nil, "", err
 	}

@@ -104,16 +104,20 @@ type entryFlags struct {
 	id, spiffeID, parentID, hint, expiresAt string
 	selectors, dnsNames                     []string
 	ttl                                     time.Duration
+	node                                    bool
 }
 
 // proto reads the flags into an entry, or says which flag is wrong.
 func (f entryFlags) proto(now time.Time) (*types.Entry, error) {
 	e := &types.Entry{Id: f.id, Hint: f.hint, DnsNames: f.dnsNames}
-	for _, need := range []struct {
-		flag, text string
-		to         **types.SPIFFEID
-	}{{"--spiffe-id", f.spiffeID, &e.SpiffeId}, {"--parent-id", f.parentID, &e.ParentId}} {
-		if err := readID(need.flag, need.text, need.to); err != nil {
+	if err := readID("--spiffe-id", f.spiffeID, &e.SpiffeId); err != nil {
+		return nil, err
+	}
+	if f.node && f.parentID != "" {
+		return nil, usageError("--node is instead of --parent-id: the parent is the server")
+	}
+	if !f.node {
+		if err := readID("--parent-id", f.parentID, &e.ParentId); err != nil {
 			return nil, err
 		}
 	}
@@ -143,7 +147,10 @@ func newEntryCreateCommand(t *tool) *cobra.Command {
 		Use:   "create",
 		Short: "Create a registration entry",
 		Long: `Create a registration entry: processes that have all the selectors, on the
-node of the parent (an agent's SPIFFE ID), get the SPIFFE ID.
+node of the parent (an agent's SPIFFE ID, or an alias), get the SPIFFE ID. With
+--node the entry is about nodes: agents that have all the selectors have the
+SPIFFE ID as an alias, and with it the entries whose parent it is. No
+certificate is made out to an alias.
 
 The entry is printed. If one with the same IDs and selectors exists, that one
 is printed and the exit code is 75. An entry that nobody can match yet is
@@ -152,14 +159,17 @@ selector that this version does not know, or for an agent that is not on record.
 
   $ assay entry create --spiffe-id spiffe://example.org/web \
       --parent-id spiffe://example.org/assay/agent/join_token/6d1f... \
-      --selector unix:uid:1000 --dns web.example.org --ttl 30m`,
+      --selector unix:uid:1000 --dns web.example.org --ttl 30m
+  $ assay entry create --node --spiffe-id spiffe://example.org/host/1 \
+      --selector spiffe_id:spiffe://example.org/assay/agent/join_token/6d1f...`,
 		Args: noArgs,
 		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error { return t.createEntry(ctx, s, f) }),
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.spiffeID, "spiffe-id", "", "identity to give, as spiffe://example.org/web (needed)")
-	fl.StringVar(&f.parentID, "parent-id", "", "SPIFFE ID of the agent whose node it is for (needed)")
-	fl.StringArrayVar(&f.selectors, "selector", nil, "type:value that a process must have; repeat for several (needed)")
+	fl.StringVar(&f.parentID, "parent-id", "", "SPIFFE ID or alias of the agents whose nodes it is for (needed without --node)")
+	fl.BoolVar(&f.node, "node", false, "make the SPIFFE ID an alias of the agents that have the selectors")
+	fl.StringArrayVar(&f.selectors, "selector", nil, "type:value that a process, or with --node a node, must have; repeat for several (needed)")
 	fl.DurationVar(&f.ttl, "ttl", 0, "lifetime of the X.509-SVIDs (default: the server's)")
 	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name for the certificate; repeat for several")
 	fl.StringVar(&f.hint, "hint", "", "word by which a workload with several identities tells them apart")
@@ -172,6 +182,13 @@ func (t *tool) createEntry(ctx context.Context, s *serverConn, f entryFlags) err
 	entry, err := f.proto(time.Now())
 	if err != nil {
 		return err
+	}
+	if f.node {
+		server, err := askServerID(ctx, s)
+		if err != nil {
+			return err
+		}
+		entry.ParentId = idToProto(server)
 	}
 	resp, err := ask(ctx, s, s.entries.BatchCreateEntry, &spireentry.BatchCreateEntryRequest{Entries: []*types.Entry{entry}})
 	if err != nil {
@@ -249,7 +266,7 @@ func (f entryFilter) proto() (*spireentry.ListEntriesRequest_Filter, error) {
 func (f *entryFilter) flags(cmd *cobra.Command) {
 	fl := cmd.Flags()
 	fl.StringVar(&f.spiffeID, "spiffe-id", "", "only entries for this identity")
-	fl.StringVar(&f.parentID, "parent-id", "", "only entries of this agent")
+	fl.StringVar(&f.parentID, "parent-id", "", "only entries of this agent or alias")
 	fl.StringArrayVar(&f.selectors, "selector", nil, "only entries with this type:value; repeat for several")
 	fl.StringVar(&f.hint, "hint", "", `only entries with this hint; "" for those without one`)
 }

@@ -77,7 +77,7 @@ func (t *tool) applyEntries(ctx context.Context, s *serverConn, path string, dry
 		return err
 	}
 	if !dryRun {
-		t.warnOfEntries(ctx, s, plan)
+		t.warnOfEntries(ctx, s, plan, stored)
 	}
 	return doc.failure(plan)
 }

@@ -219,7 +219,7 @@ func TestApplyWarnsOfWhatNobodyCanHave(t *testing.T) {
 - {spiffe_id: "spiffe://example.org/3", parent_id: "`+nodeID+`", selectors: ["unix:uid:3"]}
 `))
 	want := `warning: selector_unknown: "unix:uid:web" matches no process: unix:uid takes a plain number, as in unix:uid:1000
-warning: parent_unknown: spiffe://example.org/n is not an agent on record, nor are 1 other parents: nobody gets their identities until those agents join; see assay agent list
+warning: parent_unknown: spiffe://example.org/n is not an agent on record, nor an alias, nor are 1 other parents: nobody gets their identities until those agents join; see assay agent list
 `
 	if got.code != 0 || got.stderr != want {
 		t.Errorf("exit %d, %q", got.code, got.stderr)

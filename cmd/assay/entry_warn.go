@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,63 +27,95 @@ var (
 // matched. It is no error: a newer agent may know the selector, and the agent
 // may join tomorrow.
 func (t *tool) warnOfEntry(ctx context.Context, s *serverConn, e *types.Entry) {
+	server, err := askServerID(ctx, s)
+	if err != nil {
+		return // it says nothing about the entry
+	}
+	if isAlias(e, server) {
+		t.warnOfAlias(ctx, s, e)
+		return
+	}
 	for _, sel := range e.GetSelectors() {
 		if problem := selectorProblem(sel); problem != "" {
 			t.warn(fault.New(fault.Invalid, "selector_unknown", quote(sel.GetType()+":"+sel.GetValue())+" "+problem))
 		}
 	}
-	// Any other failure says nothing about the entry.
-	if _, err := ask(ctx, s, s.agents.GetAgent, &spireagent.GetAgentRequest{Id: e.GetParentId()}); errors.Is(err, fault.NotFound) {
+	if !knownParent(ctx, s, server, e.GetParentId()) {
 		t.warn(fault.New(fault.NotFound, "parent_unknown",
-			idFromProto(e.GetParentId())+" is not an agent on record: nobody gets this identity until that agent joins; see assay agent list"))
+			idFromProto(e.GetParentId())+" is not an agent on record, nor an alias: nobody gets this identity until that agent joins; see assay agent list"))
 	}
 }
 
 // warnOfEntries is warnOfEntry for many that were just made: each kind of
 // trouble is told once, with the first that has it.
-func (t *tool) warnOfEntries(ctx context.Context, s *serverConn, plan []planned) {
-	parents := map[string]bool{}
-	var made []*planned
-	told := map[string]bool{}
+func (t *tool) warnOfEntries(ctx context.Context, s *serverConn, plan []planned, stored []*types.Entry) {
+	var made []*types.Entry
 	for i := range plan {
-		p := &plan[i]
-		if p.err != nil || p.action() == "none" {
-			continue
-		}
-		made = append(made, p)
-		parents[idFromProto(p.want.GetParentId())] = true
-		for _, sel := range p.want.GetSelectors() {
-			text := sel.GetType() + ":" + sel.GetValue()
-			if problem := selectorProblem(sel); problem != "" && !told[problem] {
-				told[problem] = true
-				t.warn(fault.New(fault.Invalid, "selector_unknown", quote(text)+" "+problem))
-			}
+		if p := &plan[i]; p.err == nil && p.action() != "none" {
+			made = append(made, p.want)
 		}
 	}
 	if len(made) == 0 {
 		return
 	}
+	server, err := askServerID(ctx, s)
+	if err != nil {
+		return
+	}
+	made = slices.DeleteFunc(made, func(e *types.Entry) bool { return isAlias(e, server) })
+	t.warnOfSelectors(made)
+	parents := map[string]bool{}
+	for _, e := range made {
+		parents[idFromProto(e.GetParentId())] = true
+	}
+	for _, e := range stored {
+		if isAlias(e, server) {
+			delete(parents, idFromProto(e.GetSpiffeId()))
+		}
+	}
+	for i := range plan {
+		if p := &plan[i]; p.err == nil && isAlias(p.want, server) {
+			delete(parents, idFromProto(p.want.GetSpiffeId()))
+		}
+	}
 	// Any failure says nothing about the entries.
-	err := pages(func(token string) (string, error) {
+	err = pages(func(token string) (string, error) {
 		resp, err := ask(ctx, s, s.agents.ListAgents, &spireagent.ListAgentsRequest{OutputMask: &types.AgentMask{}, PageToken: token})
 		for _, a := range resp.GetAgents() {
 			delete(parents, idFromProto(a.GetId()))
 		}
 		return resp.GetNextPageToken(), err
 	})
-	for _, p := range made {
-		if parent := idFromProto(p.want.GetParentId()); err == nil && parents[parent] {
+	for _, e := range made {
+		if parent := idFromProto(e.GetParentId()); err == nil && parents[parent] {
 			t.warn(fault.Newf(fault.NotFound, "parent_unknown",
-				"%s is not an agent on record, nor are %d other parents: nobody gets their identities until those agents join; see assay agent list",
+				"%s is not an agent on record, nor an alias, nor are %d other parents: nobody gets their identities until those agents join; see assay agent list",
 				parent, len(parents)-1))
 			return
 		}
 	}
 }
 
+// warnOfSelectors tells each problem once.
+func (t *tool) warnOfSelectors(list []*types.Entry) {
+	told := map[string]bool{}
+	for _, e := range list {
+		for _, sel := range e.GetSelectors() {
+			if problem := selectorProblem(sel); problem != "" && !told[problem] {
+				told[problem] = true
+				t.warn(fault.New(fault.Invalid, "selector_unknown", quote(sel.GetType()+":"+sel.GetValue())+" "+problem))
+			}
+		}
+	}
+}
+
 // selectorProblem says why no process has this selector; nothing if one may.
 func selectorProblem(sel *types.Selector) string {
-	if sel.GetType() != "unix" {
+	switch sel.GetType() {
+	case "unix":
+	case spiffeIDType:
+		return "matches no process: it names a node, and makes an alias as the only selector of an entry with that node as parent"
+	default:
 		return ""
 	}
 	name, value, _ := strings.Cut(sel.GetValue(), ":")

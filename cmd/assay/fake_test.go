@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -73,6 +74,7 @@ type fakeServer struct {
 	evicted []string
 	filter  *spireentry.ListEntriesRequest_Filter
 	ttl     int32
+	agentID *types.SPIFFEID
 	calls   int
 }
 
@@ -169,8 +171,37 @@ func (f fakeEntries) ListEntries(_ context.Context, req *spireentry.ListEntriesR
 	f.mu.Lock()
 	f.filter = req.GetFilter()
 	f.mu.Unlock()
-	page, next := pageOf(f.entries, req.GetPageToken(), f.pageSize)
+	var matching []*types.Entry
+	for _, e := range f.entries {
+		if matches(e, req.GetFilter()) {
+			matching = append(matching, e)
+		}
+	}
+	page, next := pageOf(matching, req.GetPageToken(), f.pageSize)
 	return &spireentry.ListEntriesResponse{Entries: page, NextPageToken: next}, nil
+}
+
+// matches honours as much of a filter as the tool needs to tell who has an alias.
+func matches(e *types.Entry, f *spireentry.ListEntriesRequest_Filter) bool {
+	if f.GetBySpiffeId() != nil && f.GetBySpiffeId().GetPath() != e.GetSpiffeId().GetPath() ||
+		f.GetByParentId() != nil && f.GetByParentId().GetPath() != e.GetParentId().GetPath() {
+		return false
+	}
+	lacks := func(all []*types.Selector) func(*types.Selector) bool {
+		return func(s *types.Selector) bool {
+			return !slices.ContainsFunc(all, func(o *types.Selector) bool { return proto.Equal(o, s) })
+		}
+	}
+	have, want := e.GetSelectors(), f.GetBySelectors()
+	switch {
+	case want == nil:
+		return true
+	case want.GetMatch() == types.SelectorMatch_MATCH_SUBSET:
+		return !slices.ContainsFunc(have, lacks(want.GetSelectors()))
+	case want.GetMatch() == types.SelectorMatch_MATCH_SUPERSET:
+		return !slices.ContainsFunc(want.GetSelectors(), lacks(have))
+	}
+	return len(have) == len(want.GetSelectors()) && !slices.ContainsFunc(have, lacks(want.GetSelectors()))
 }
 
 // pageOf cuts a page; a token is as many letters as items came before.
@@ -254,7 +285,14 @@ func (f fakeAgents) ListAgents(_ context.Context, req *spireagent.ListAgentsRequ
 	if err := f.begin(); err != nil {
 		return nil, err
 	}
-	page, next := pageOf(f.agents, req.GetPageToken(), f.pageSize)
+	var matching []*types.Agent
+	for _, a := range f.agents {
+		as := &types.Entry{Selectors: a.GetSelectors()}
+		if matches(as, &spireentry.ListEntriesRequest_Filter{BySelectors: req.GetFilter().GetBySelectorMatch()}) {
+			matching = append(matching, a)
+		}
+	}
+	page, next := pageOf(matching, req.GetPageToken(), f.pageSize)
 	return &spireagent.ListAgentsResponse{Agents: page, NextPageToken: next}, nil
 }
 
@@ -296,7 +334,7 @@ func (f fakeAgents) CreateJoinToken(_ context.Context, req *spireagent.CreateJoi
 		return nil, err
 	}
 	f.mu.Lock()
-	f.ttl = req.GetTtl()
+	f.ttl, f.agentID = req.GetTtl(), req.GetAgentId()
 	f.mu.Unlock()
 	return f.token, nil
 }

@@ -17,11 +17,13 @@ import (
 )
 
 // tokenShape is what `token create -o json` prints. Token is the secret;
-// AgentID the SPIFFE ID that the agent will have; Pin the SHA-256 of the active
+// AgentID the SPIFFE ID that the agent will have, Alias one that it has besides
+// (empty for none); Pin the SHA-256 of the active
 // root's public key, by which the agent knows the server.
 type tokenShape struct {
 	Token     string    `json:"token"`
 	AgentID   string    `json:"agent_id"`
+	Alias     string    `json:"alias"`
 	Pin       string    `json:"pin"`
 	ExpiresAt time.Time `json:"expires_at"`
 }
@@ -35,6 +37,7 @@ func newTokenCommand(t *tool) *cobra.Command {
 
 func newTokenCreateCommand(t *tool) *cobra.Command {
 	var ttl time.Duration
+	var alias string
 	cmd := &cobra.Command{
 		Use:   "create",
 		Short: "Create a one-time join token for an agent",
@@ -44,11 +47,16 @@ server's active root. Whoever holds the token can become that agent until it
 is used or expires: write it to /etc/assay-agent/join.token on the node, with
 mode 0600, and nowhere else.
 
+With --agent-id the agent also has that SPIFFE ID as an alias: entries with it
+as parent are the agent's, and those of every other agent that has the alias.
+That is an entry of its own; it stays when the agent is evicted.
+
   $ assay token create --ttl 1h
+  $ assay token create --agent-id spiffe://example.org/host/web
   $ (umask 077; assay token create -o json | jq -r .token > join.token)`,
 		Args: noArgs,
 		RunE: t.localVerb(func(ctx context.Context, s *serverConn, _ []string) error {
-			made, err := createToken(ctx, s, ttl)
+			made, err := createToken(ctx, s, ttl, alias)
 			if err != nil {
 				return err
 			}
@@ -56,6 +64,7 @@ mode 0600, and nowhere else.
 		}),
 	}
 	cmd.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long the token can be used")
+	cmd.Flags().StringVar(&alias, "agent-id", "", "SPIFFE ID that the agent has besides its own, as spiffe://example.org/host/web")
 	return t.localFlags(cmd)
 }
 
@@ -63,6 +72,9 @@ func (s tokenShape) write(w io.Writer) error {
 	rows := table{}
 	rows.add("token", s.Token)
 	rows.add("agent id", s.AgentID)
+	if s.Alias != "" {
+		rows.add("alias", s.Alias)
+	}
 	rows.add("pin", s.Pin)
 	rows.add("expires", stamp(s.ExpiresAt))
 	if err := rows.write(w); err != nil {
@@ -86,13 +98,19 @@ join_token_file: %[1]s
 
 // createToken reads first and creates last: a token that could not be printed
 // with its pin would be a secret without a use.
-func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenShape, error) {
+func createToken(ctx context.Context, s *serverConn, ttl time.Duration, alias string) (tokenShape, error) {
 	secs, err := ttlSeconds(ttl)
 	if err != nil {
 		return tokenShape{}, err
 	}
 	if secs == 0 {
 		return tokenShape{}, usageError("--ttl must be at least one second")
+	}
+	req := &spireagent.CreateJoinTokenRequest{Ttl: secs}
+	if alias != "" {
+		if err := readID("--agent-id", alias, &req.AgentId); err != nil {
+			return tokenShape{}, err
+		}
 	}
 	state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
 	if err != nil {
@@ -106,7 +124,7 @@ func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenSh
 	if err != nil {
 		return tokenShape{}, err
 	}
-	token, err := ask(ctx, s, s.agents.CreateJoinToken, &spireagent.CreateJoinTokenRequest{Ttl: secs})
+	token, err := ask(ctx, s, s.agents.CreateJoinToken, req)
 	if err != nil {
 		return tokenShape{}, err
 	}
@@ -115,7 +133,7 @@ func createToken(ctx context.Context, s *serverConn, ttl time.Duration) (tokenSh
 	}
 	return tokenShape{
 		Token: token.GetValue(), AgentID: tokenAgentID(td, state.GetReservedPrefix(), token.GetValue()),
-		Pin: pin, ExpiresAt: time.Unix(token.GetExpiresAt(), 0).UTC(),
+		Alias: alias, Pin: pin, ExpiresAt: time.Unix(token.GetExpiresAt(), 0).UTC(),
 	}, nil
 }
 

@@ -46,11 +46,12 @@ func (a *Agent) Endpoint() string { return "unix://" + a.Socket() }
 // RunDir is what a reboot empties.
 func (a *Agent) RunDir() string { return a.site.File(a.name + "/run") }
 
-// Join makes a token for the agent and notes the ID that it will get.
-func (a *Agent) Join() Token {
+// Join makes a token for the agent, with further flags, and notes the ID that
+// the agent will get.
+func (a *Agent) Join(flags ...string) Token {
 	a.site.tb.Helper()
 	var out Token
-	a.site.CLIJSON(&out, "token", "create")
+	a.site.CLIJSON(&out, append([]string{"token", "create"}, flags...)...)
 	a.ID = out.AgentID
 	return out
 }
