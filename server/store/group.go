@@ -11,10 +11,11 @@ import (
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
-// Bounds of what shares a transaction, and with it the syncs to the disk.
+// Bounds of what shares a transaction, and with it the syncs to the disk. Several
+// groups have to fit into the history, else a watcher would lose its place.
 const (
 	maxGroup      = 128
-	maxGroupBytes = 8 << 20
+	maxGroupBytes = 2 << 20
 )
 
 // pending is one call of Commit on its way through a transaction.

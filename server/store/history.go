@@ -10,7 +10,7 @@ import (
 // How much history a watcher may be behind before it has to list again.
 const (
 	historyBatches = 10_000
-	historyBytes   = 16 << 20
+	historyBytes   = 8 << 20
 	// readAhead is how many batches a watcher takes at a time.
 	readAhead = 64
 )

@@ -24,6 +24,7 @@ func main() {
 	out := flag.String("o", "", "also write the table to this Markdown file")
 	limit := flag.String("limit-server", "", "internal: serve the empty Workload API on this socket")
 	impostor := flag.String("impostor", "", "internal: connect descriptor 3 to this socket, then become another program")
+	hints := flag.String("hints", "", "internal: print the hints of the SVIDs that come from this Workload API")
 	flag.Parse()
 	var err error
 	switch {
@@ -31,6 +32,8 @@ func main() {
 		err = serveConstant(*limit)
 	case *impostor != "":
 		err = becomeAnother(*impostor)
+	case *hints != "":
+		err = printHints(*hints)
 	default:
 		var dir string
 		if dir, err = filepath.Abs(*bins); err == nil {
@@ -76,6 +79,8 @@ func parts() []part {
 		{"workload", (*bench).oneAgent},
 		{"streams", (*bench).streams},
 		{"node", (*bench).node},
+		{"entries", (*bench).entries},
+		{"apply", (*bench).applying},
 	}
 }
 
