@@ -232,6 +232,47 @@ func TestPagesOfBigEntriesStayBelowTheReceiveLimit(t *testing.T) {
 	}
 }
 
+// The updates of a batch go to the disk together and come out as one after the
+// other.
+func TestUpdatesOfABatchMakeRoomForEachOther(t *testing.T) {
+	h := start(t)
+	o := h.operator()
+	const n = 200
+	entries := make([]*types.Entry, n)
+	for i := range entries {
+		entries[i] = entry(node, fmt.Sprintf("/w/%d", i))
+	}
+	update := func(mask *types.EntryMask, list ...*types.Entry) (moved []*types.Entry) {
+		t.Helper()
+		resp, err := o.entries.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{Entries: list, InputMask: mask})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, r := range resp.GetResults() {
+			if r.GetStatus().GetCode() != 0 {
+				t.Fatalf("item %d: %v", i, r.GetStatus())
+			}
+			moved = append(moved, r.GetEntry())
+		}
+		return moved
+	}
+	ids := o.create(t, entries...)
+	moves := make([]*types.Entry, n)
+	for i, id := range ids { // each takes the place of the next, the last of them first
+		moves[n-1-i] = &types.Entry{Id: id, SpiffeId: entry(node, fmt.Sprintf("/w/%d", i+1)).GetSpiffeId()}
+	}
+	for i, e := range update(&types.EntryMask{SpiffeId: true}, moves...) {
+		if e.GetId() != ids[n-1-i] || e.GetSpiffeId().GetPath() != fmt.Sprintf("/w/%d", n-i) || e.GetRevisionNumber() != 1 {
+			t.Fatalf("item %d: %v", i, e)
+		}
+	}
+	for i, e := range update(&types.EntryMask{Hint: true}, &types.Entry{Id: ids[0], Hint: "first"}, &types.Entry{Id: ids[0], Hint: "last"}) {
+		if e.GetRevisionNumber() != int64(2+i) || e.GetHint() != []string{"first", "last"}[i] {
+			t.Errorf("an entry named twice: %v", e)
+		}
+	}
+}
+
 func TestEntryIsUpdatedByMask(t *testing.T) {
 	h := start(t)
 	o := h.operator()

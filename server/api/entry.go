@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/audit"
@@ -133,16 +135,15 @@ func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchU
 	}
 	resp := &entryv1.BatchUpdateEntryResponse{Results: make([]*entryv1.BatchUpdateEntryResponse_Result, len(req.GetEntries()))}
 	log := s.batch(ctx, "entry.update", len(resp.Results))
-	for i, p := range req.GetEntries() {
-		e, err := s.update(ctx, p, mask)
-		target := entryTarget(&e)
-		if err != nil {
-			target = namedEntry(p.GetId())
+	for i, r := range s.updateAll(ctx, req.GetEntries(), mask) {
+		target := entryTarget(&r.Entry)
+		if r.Err != nil {
+			target = namedEntry(req.GetEntries()[i].GetId())
 		}
-		log.add(target, selectorsHash(&e), err)
-		item := &entryv1.BatchUpdateEntryResponse_Result{Status: itemStatus(err)}
-		if err == nil {
-			item.Entry = maskEntry(entryToProto(&e), req.GetOutputMask())
+		log.add(target, selectorsHash(&r.Entry), r.Err)
+		item := &entryv1.BatchUpdateEntryResponse_Result{Status: itemStatus(r.Err)}
+		if r.Err == nil {
+			item.Entry = maskEntry(entryToProto(&r.Entry), req.GetOutputMask())
 		}
 		resp.Results[i] = item
 	}
@@ -150,6 +151,47 @@ func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchU
 		return nil, err
 	}
 	return resp, nil
+}
+
+// updatesInFlight is how many updates of a batch wait for the store at a time: it
+// writes them together.
+const updatesInFlight = 64
+
+// updateAll makes updates as if one after the other, many at a time. One that
+// another entry is in the way of is tried again when the others are done: the
+// same batch may have moved that entry.
+func (s *EntryService) updateAll(ctx context.Context, list []*types.Entry, mask *types.EntryMask) []registry.EntryResult {
+	results := make([]registry.EntryResult, len(list))
+	update := func(i int) { results[i].Entry, results[i].Err = s.update(ctx, list[i], mask) }
+	if namedTwice(list) { // then the order counts
+		for i := range list {
+			update(i)
+		}
+		return results
+	}
+	var g errgroup.Group
+	g.SetLimit(updatesInFlight)
+	for i := range list {
+		g.Go(func() error { update(i); return nil })
+	}
+	_ = g.Wait() // each update has its own error
+	for i := range list {
+		if errors.Is(results[i].Err, fault.Exists) {
+			update(i)
+		}
+	}
+	return results
+}
+
+func namedTwice(list []*types.Entry) bool {
+	seen := make(map[string]bool, len(list))
+	for _, e := range list {
+		if seen[e.GetId()] {
+			return true
+		}
+		seen[e.GetId()] = true
+	}
+	return false
 }
 
 func (s *EntryService) update(ctx context.Context, p *types.Entry, mask *types.EntryMask) (registry.Entry, error) {

@@ -30,8 +30,8 @@ func pass(guards []Guard, entries ...*Entry) error {
 // When UpdateEntry returns without an error, the mirror has the new entry. The
 // guards see the entry as it was and as it would be.
 func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entry), guards ...Guard) (Entry, error) {
-	for range conflictRetries {
-		old, stored, err := r.stored(ctx, id)
+	for try := range conflictRetries {
+		old, stored, err := r.newest(ctx, id, try == 0)
 		if errors.Is(err, fault.NotFound) {
 			return Entry{}, entryUnknown()
 		}
@@ -65,6 +65,15 @@ func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entr
 		}
 	}
 	return Entry{}, busy()
+}
+
+// newest returns the entry with the revision of its record: at first as the
+// mirror has it, since the commit's precondition tells if that is old.
+func (r *Registry) newest(ctx context.Context, id string, first bool) (Entry, int64, error) {
+	if it, ok := r.mirror.entry(id); ok && first {
+		return it.Entry, it.stored, nil
+	}
+	return r.stored(ctx, id)
 }
 
 // commitUpdate replaces old, whose record is of revision stored, with next and
