@@ -16,6 +16,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -31,6 +32,7 @@ import (
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/registry"
+	"github.com/seed-caa81108/assay/server/rotation"
 )
 
 const (
@@ -51,6 +53,10 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	if err != nil {
 		return err
 	}
+	r.rotator = rotation.New(rotation.Options{
+		Authority: r.authority, Fleet: r.registry.Fleet, MaxTTL: s.cfg.CA.MaxX509SVIDTTL, OwnAuthority: own.authorityID,
+		Automatic: *s.cfg.CA.AutoRotate, Audit: r.audit, Log: s.deps.Log,
+	})
 	agentService := s.agentService(r)
 	door := newHandover(r.port.Addr())
 	servers, err := s.grpcServers(r, own, agentService, door)
@@ -62,6 +68,7 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	g.Go(func() error { return served(gctx, servers.remote.Serve(door)) })
 	g.Go(func() error { return s.serveAdmin(gctx, servers.admin, r.socket) })
 	g.Go(func() error { return own.keepFresh(gctx) })
+	g.Go(func() error { return r.rotator.Run(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
 		s.setStopping()
@@ -164,6 +171,8 @@ func (s *Server) registerOperators(srv *grpc.Server, r *rooms, guards ...registr
 	adminv1.RegisterAdminServer(srv, api.NewAdminService(api.AdminServiceConfig{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
 	}))
+	adminv1.RegisterRotationServer(srv, api.NewRotationService(r.authority, r.rotator))
+	localauthorityv1.RegisterLocalAuthorityServer(srv, api.NewLocalAuthorityService(r.authority, r.rotator))
 	reflection.Register(srv)
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/keys"
 	"github.com/seed-caa81108/assay/server/registry"
+	"github.com/seed-caa81108/assay/server/rotation"
 	"github.com/seed-caa81108/assay/server/store"
 )
 
@@ -28,6 +29,7 @@ type rooms struct {
 	audit     *audit.Log
 	authority *ca.Authority
 	registry  *registry.Registry
+	rotator   *rotation.Rotator
 	refusals  *api.Refusals
 	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
 	warnings  []string

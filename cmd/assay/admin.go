@@ -55,13 +55,14 @@ func (t *tool) localFlags(cmd *cobra.Command) *cobra.Command {
 // serverConn is a connection to the server: to its admin socket, or to its
 // port for agents as a remote operator.
 type serverConn struct {
-	conn    *grpc.ClientConn
-	peer    peer
-	admin   adminv1.AdminClient
-	entries spireentry.EntryClient
-	agents  spireagent.AgentClient
-	bundles spirebundle.BundleClient
-	svids   spiresvid.SVIDClient
+	conn     *grpc.ClientConn
+	peer     peer
+	admin    adminv1.AdminClient
+	entries  spireentry.EntryClient
+	agents   spireagent.AgentClient
+	bundles  spirebundle.BundleClient
+	svids    spiresvid.SVIDClient
+	rotation adminv1.RotationClient
 }
 
 // dialServer prepares a connection; nothing is sent before the first call.
@@ -93,11 +94,12 @@ func (t *tool) dialServer(ctx context.Context) (*serverConn, error) {
 func newServerConn(conn *grpc.ClientConn, p peer) *serverConn {
 	return &serverConn{
 		conn: conn, peer: p,
-		admin:   adminv1.NewAdminClient(conn),
-		entries: spireentry.NewEntryClient(conn),
-		agents:  spireagent.NewAgentClient(conn),
-		bundles: spirebundle.NewBundleClient(conn),
-		svids:   spiresvid.NewSVIDClient(conn),
+		admin:    adminv1.NewAdminClient(conn),
+		entries:  spireentry.NewEntryClient(conn),
+		agents:   spireagent.NewAgentClient(conn),
+		bundles:  spirebundle.NewBundleClient(conn),
+		svids:    spiresvid.NewSVIDClient(conn),
+		rotation: adminv1.NewRotationClient(conn),
 	}
 }
 

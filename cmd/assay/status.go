@@ -72,6 +72,13 @@ type agentState struct {
 	ClockOffsetMillis    int64      `json:"clock_offset_ms"`
 }
 
+func authorityFromProto(a *adminv1.Authority) authorityShape {
+	return authorityShape{
+		ID: a.GetId(), Use: a.GetUse(), State: a.GetState(),
+		CreatedAt: momentOf(a.GetCreatedAt()), NotAfter: momentOf(a.GetNotAfter()), Pin: a.GetPin(),
+	}
+}
+
 func newStatusCommand(t *tool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
@@ -115,10 +122,7 @@ func statusFromProto(r *adminv1.StatusResponse) statusShape {
 		Entries: r.GetEntries(), Warnings: list(r.GetWarnings()),
 	}
 	for _, a := range r.GetAuthorities() {
-		s.Authorities = append(s.Authorities, authorityShape{
-			ID: a.GetId(), Use: a.GetUse(), State: a.GetState(),
-			CreatedAt: momentOf(a.GetCreatedAt()), NotAfter: momentOf(a.GetNotAfter()), Pin: a.GetPin(),
-		})
+		s.Authorities = append(s.Authorities, authorityFromProto(a))
 	}
 	for _, a := range r.GetAgents() {
 		state := agentState{

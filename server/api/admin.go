@@ -54,10 +54,7 @@ func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1
 	}
 	roots := s.cfg.Authority.Authorities()
 	for _, root := range roots {
-		resp.Authorities = append(resp.Authorities, &adminv1.Authority{
-			Id: root.ID, Use: "x509", State: string(root.State), NotAfter: stamp(root.Certificate.NotAfter),
-			CreatedAt: stamp(root.CreatedAt), Pin: ca.Pin(root.Certificate),
-		})
+		resp.Authorities = append(resp.Authorities, authorityToProto(root))
 	}
 	for i := range fleet {
 		resp.Agents = append(resp.Agents, agentStatus(&fleet[i]))
@@ -66,6 +63,13 @@ func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1
 	resp.Warnings = append(resp.Warnings, rootWarnings(roots, now)...)
 	resp.Warnings = append(resp.Warnings, fleetWarnings(fleet, bundle.Sequence, now)...)
 	return resp, nil
+}
+
+func authorityToProto(root ca.Root) *adminv1.Authority {
+	return &adminv1.Authority{
+		Id: root.ID, Use: "x509", State: string(root.State), NotAfter: stamp(root.Certificate.NotAfter),
+		CreatedAt: stamp(root.CreatedAt), Pin: ca.Pin(root.Certificate),
+	}
 }
 
 func agentStatus(a *registry.AgentStatus) *adminv1.AgentStatus {

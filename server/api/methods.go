@@ -8,6 +8,7 @@ import (
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
@@ -88,6 +89,32 @@ func AdminMethods(ops Operators, refused Refused) rpc.Methods {
 func operatorMethods(operator, local rpc.Rule) rpc.Methods {
 	return rpc.Methods{
 		adminv1.Admin_Status_FullMethodName: operator,
+
+		adminv1.Rotation_ListRoots_FullMethodName:     operator,
+		adminv1.Rotation_WatchRotation_FullMethodName: operator,
+		adminv1.Rotation_StartRotation_FullMethodName: local,
+		adminv1.Rotation_AbortRotation_FullMethodName: local,
+		adminv1.Rotation_ForceRotation_FullMethodName: local,
+		adminv1.Rotation_MoveRoot_FullMethodName:      local,
+
+		localauthorityv1.LocalAuthority_GetX509AuthorityState_FullMethodName: operator,
+		localauthorityv1.LocalAuthority_PrepareX509Authority_FullMethodName:  local,
+		localauthorityv1.LocalAuthority_ActivateX509Authority_FullMethodName: local,
+		localauthorityv1.LocalAuthority_TaintX509Authority_FullMethodName:    local,
+		localauthorityv1.LocalAuthority_RevokeX509Authority_FullMethodName:   local,
+		// There is no upstream authority, and no signing of tokens yet.
+		localauthorityv1.LocalAuthority_TaintX509UpstreamAuthority_FullMethodName:  rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_RevokeX509UpstreamAuthority_FullMethodName: rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_GetJWTAuthorityState_FullMethodName:        rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_PrepareJWTAuthority_FullMethodName:         rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_ActivateJWTAuthority_FullMethodName:        rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_TaintJWTAuthority_FullMethodName:           rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_RevokeJWTAuthority_FullMethodName:          rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_GetWITAuthorityState_FullMethodName:        rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_PrepareWITAuthority_FullMethodName:         rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_ActivateWITAuthority_FullMethodName:        rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_TaintWITAuthority_FullMethodName:           rpc.NotImplemented,
+		localauthorityv1.LocalAuthority_RevokeWITAuthority_FullMethodName:          rpc.NotImplemented,
 
 		entryv1.Entry_CountEntries_FullMethodName:     operator,
 		entryv1.Entry_ListEntries_FullMethodName:      operator,

@@ -16,6 +16,7 @@ type Root struct {
 	Certificate *x509.Certificate
 	CreatedAt   time.Time
 	Published   uint64 // sequence of the first bundle that has it
+	Operation   string // the rotation that made it, if any
 	Moves       []Move // what became of it, oldest first
 	// No end-entity certificate under it that went through an agent ends after
 	// StreamUntil, and none that was handed out without a stream after
@@ -58,7 +59,7 @@ func (v *view) roots() []Root {
 func (one *authority) root() Root {
 	r := &one.record
 	return Root{
-		ID: r.ID, State: r.State, Certificate: one.cert, CreatedAt: r.CreatedAt, Published: r.Published, Moves: r.Moves,
+		ID: r.ID, State: r.State, Certificate: one.cert, CreatedAt: r.CreatedAt, Published: r.Published, Operation: r.Operation, Moves: r.Moves,
 		StreamUntil: r.Marks.Stream, HandedUntil: r.Marks.Handed, HandedBefore: r.HandedBefore,
 	}
 }

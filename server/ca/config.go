@@ -24,6 +24,10 @@ type Config struct {
 	// peers whose clocks are behind. Default 2m, or a quarter of
 	// x509_svid_ttl if that is less.
 	Backdate time.Duration `yaml:"backdate"`
+	// AutoRotate replaces the root by itself when a third of its life remains,
+	// as `assay root rotate` does: it waits for every agent and forces nothing.
+	// false leaves that to operators. Default true.
+	AutoRotate *bool `yaml:"auto_rotate"`
 }
 
 const (
@@ -51,6 +55,9 @@ func (c Config) WithDefaults() Config {
 	set(&c.RootTTL, 365*24*time.Hour)
 	set(&c.IssuerTTL, 24*time.Hour)
 	set(&c.Backdate, min(2*time.Minute, c.X509SVIDTTL/4))
+	if c.AutoRotate == nil {
+		c.AutoRotate = new(true)
+	}
 	return c
 }
 

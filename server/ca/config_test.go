@@ -12,7 +12,10 @@ import (
 func TestConfigDefaults(t *testing.T) {
 	got := Config{}.WithDefaults()
 	want := Config{X509SVIDTTL: time.Hour, MaxX509SVIDTTL: time.Hour, RootTTL: 8760 * time.Hour, IssuerTTL: 24 * time.Hour, Backdate: 2 * time.Minute}
-	if got != want {
+	if got.AutoRotate == nil || !*got.AutoRotate {
+		t.Error("roots are not rotated by themselves")
+	}
+	if got.AutoRotate = nil; got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 	if err := got.Check(12 * time.Hour); err != nil {

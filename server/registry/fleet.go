@@ -40,6 +40,9 @@ type AgentStatus struct {
 	AcknowledgedSequence uint64
 	WaitsUntil           time.Time
 	Report
+	// ReportSequence is the bundle that the agent had acknowledged when it sent
+	// its last report; zero without one.
+	ReportSequence uint64
 	// ClockOffset is the agent's clock minus ours at its last report.
 	ClockOffset time.Duration
 }
@@ -69,6 +72,7 @@ type claimed struct {
 	sequence uint64
 	waits    time.Time
 	report   Report
+	reported uint64 // the sequence acknowledged before the last report
 	offset   time.Duration
 }
 
@@ -114,7 +118,7 @@ func (c *Claims) Report(report Report) {
 	now := time.Now()
 	report.Live = slices.Clone(report.Live[:min(len(report.Live), maxLive)])
 	c.say(func(a *claimed) {
-		a.report = report
+		a.report, a.reported = report, a.sequence
 		if !report.AgentTime.IsZero() {
 			a.offset = report.AgentTime.Sub(now)
 		}
@@ -186,7 +190,7 @@ func (s *AgentStatus) fill(a *claimed) {
 	s.Connected = a.open > 0
 	s.LastSeen = a.lastSeen
 	s.AcknowledgedSequence, s.WaitsUntil = a.sequence, a.waits
-	s.Report = a.report
+	s.Report, s.ReportSequence = a.report, a.reported
 	s.ClockOffset = a.offset
 }
 

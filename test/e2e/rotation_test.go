@@ -99,8 +99,14 @@ type handshakes struct {
 
 func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 	t.Helper()
+	return startHandshakesBetween(t, source, source)
+}
+
+// startHandshakesBetween is startHandshakes for two workloads.
+func startHandshakesBetween(t *testing.T, server, client *workloadapi.X509Source) *handshakes {
+	t.Helper()
 	member := tlsconfig.AuthorizeMemberOf(spiffeid.RequireTrustDomainFromString("example.org"))
-	lis, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(source, source, member))
+	lis, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(server, server, member))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,8 +116,8 @@ func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 		h.failed.Add(1)
 		h.once.Do(func() { h.first = err })
 	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
+	var serving, calling sync.WaitGroup
+	serving.Go(func() {
 		for {
 			conn, err := lis.Accept()
 			if err != nil {
@@ -123,9 +129,9 @@ func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 			_ = conn.Close()
 		}
 	})
-	wg.Go(func() {
+	calling.Go(func() {
 		for ctx.Err() == nil {
-			if err := shakeHands(lis.Addr().String(), tlsconfig.MTLSClientConfig(source, source, member)); err != nil {
+			if err := shakeHands(lis.Addr().String(), tlsconfig.MTLSClientConfig(client, client, member)); err != nil {
 				fail(err)
 			} else {
 				h.done.Add(1)
@@ -140,8 +146,9 @@ func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 	h.stop = func() {
 		once.Do(func() {
 			cancel()
+			calling.Wait() // a handshake under way is not to fail by our own doing
 			_ = lis.Close()
-			wg.Wait()
+			serving.Wait()
 		})
 	}
 	t.Cleanup(h.stop)
