@@ -34,11 +34,11 @@ func (r rules) isAlias(e *Entry) bool {
 }
 
 // has says whether need holds for the agent: by its own ID and by what its
-// attestation found.
+// attestation found. No attestation can find that a node is another one.
 func (a *agentItem) has(need selector.Set) bool {
 	own := ownSelector(a.ID)
 	return !slices.ContainsFunc(need, func(s selector.Selector) bool {
-		return s != own && !a.Selectors.Contains(selector.Set{s})
+		return s != own && (s.Type == spiffeIDType || !a.Selectors.Contains(selector.Set{s}))
 	})
 }
 

@@ -95,6 +95,16 @@ func TestAnAgentsOwnIDGivesItAnAlias(t *testing.T) {
 	}
 }
 
+func TestNoSelectorOfARecordMakesAnAgentAnother(t *testing.T) {
+	s := start(t, t.TempDir())
+	mine := attested(t, s.Registry, node(1))
+	other := attested(t, s.Registry, node(2), "spiffe_id:"+mine.String(), "x509pop:role:web")
+	created := create(t, s.Registry, alias("/host/1", "spiffe_id:"+mine.String()), alias("/host/web", "spiffe_id:"+mine.String(), "x509pop:role:web"),
+		web("/a", id("/host/1")), web("/b", id("/host/web")))
+	wantView(t, s.Registry, mine, created[2])
+	wantView(t, s.Registry, other)
+}
+
 // An alias reaches the entries whose parent it is, and no further.
 func TestAnAliasIsOneStep(t *testing.T) {
 	s := start(t, t.TempDir())
@@ -241,6 +251,51 @@ func TestResumeUnderAnAlias(t *testing.T) {
 	create(t, s.Registry, many(5, node(2))...)
 	if u := resume(at); !u.Snapshot || len(u.Entries) != 10 {
 		t.Errorf("forgotten: %+v", u)
+	}
+}
+
+// What happened to aliases while the watch had lost its place comes with the listing.
+func TestAliasesAreRightAfterALostWatch(t *testing.T) {
+	s := start(t, t.TempDir())
+	kv := &forgetful{KV: s.kv, lose: make(chan struct{}), lost: make(chan struct{}), list: make(chan struct{})}
+	r, _ := run(t, options(kv))
+	gains, loses, leaves := node(1), attested(t, s.Registry, node(2), "x509pop:role:web"), attested(t, s.Registry, node(3), "x509pop:role:web")
+	made := create(t, s.Registry, alias("/group", "x509pop:role:web"), alias("/late", "x509pop:role:db"), web("/a", id("/group")), web("/b", id("/late")))
+	if err := r.WaitRevision(t.Context(), s.Revision()); err != nil {
+		t.Fatal(err)
+	}
+	var feeds []*registry.Feed
+	for _, agent := range []spiffeid.ID{gains, loses, leaves} {
+		f := r.Follow(agent, "", 0)
+		defer f.Close()
+		next(t, f)
+		feeds = append(feeds, f)
+	}
+	since := r.Revision()
+
+	kv.lose <- struct{}{}
+	<-kv.lost
+	attested(t, s.Registry, gains, "x509pop:role:web")
+	if err := s.ChangeAgent(t.Context(), loses, func(a *registry.Agent) { a.Selectors = selectors("x509pop:role:db") }); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Evict(t.Context(), leaves); err != nil {
+		t.Fatal(err)
+	}
+	kv.list <- struct{}{}
+
+	for i, want := range [][]registry.Entry{made[2:3], made[3:], nil} {
+		if u := next(t, feeds[i]); !u.Snapshot || !slices.Equal(ids(u.Entries), ids(want)) {
+			t.Errorf("feed %d: %+v", i, u)
+		}
+	}
+	wantView(t, r, gains, made[2])
+	wantView(t, r, loses, made[3])
+	wantView(t, r, leaves)
+	back := r.Follow(loses, r.Epoch(), since)
+	defer back.Close()
+	if u := next(t, back); !u.Snapshot || !slices.Equal(ids(u.Entries), ids(made[3:])) {
+		t.Errorf("resumed: %+v", u)
 	}
 }
 

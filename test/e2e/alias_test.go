@@ -4,7 +4,11 @@ package e2e
 
 import (
 	"context"
+	"fmt"
+	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -79,6 +83,51 @@ func TestAliasOfNodesReachesAnAgentAtWork(t *testing.T) {
 	}
 	wantIdentity(t, a, "spiffe://example.org/own", "spiffe://example.org/w")
 	wantAliases(t, s, a.ID, hostAlias)
+}
+
+// A renewed certificate makes its node another agent; by an alias of what the
+// certificate says, the entries stay.
+func TestAliasByCertificateOutlivesTheCertificate(t *testing.T) {
+	s := newSite(t, "")
+	dir, _ := nodeFiles(t, s)
+	s.More = fmt.Sprintf("attestation:\n  x509pop:\n    ca_bundle_file: %s\n", filepath.Join(dir, "nodes-ca.pem"))
+	s.StartServer()
+	_, warning, code := s.Try("assay", "entry", "create", "--node", "--spiffe-id", hostAlias, "--selector", "x509pop:subject:cn:node-1")
+	if code != 0 || !strings.Contains(warning, "warning: alias_unheld: ") {
+		t.Errorf("exit %d, %q", code, warning)
+	}
+	s.CreateEntry(hostAlias, "spiffe://example.org/w")
+	renew := `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -keyout $0.key -out $0.csr -subj "/CN=$1"
+openssl x509 -req -in $0.csr -CA nodes-ca.pem -CAkey nodes-ca.key -days 30 -out $0.pem -extfile <(echo "keyUsage=critical,digitalSignature")`
+	for name, cn := range map[string]string{"renewed": "node-1", "stranger": "node-2"} {
+		cmd := exec.CommandContext(t.Context(), "bash", "-euc", renew, name, cn)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	for _, name := range []string{"node", "renewed", "stranger"} {
+		a := s.NewAgent(name)
+		a.CertificateFile, a.KeyFile = filepath.Join(dir, name+".pem"), filepath.Join(dir, name+".key")
+		a.Start(harness.Token{})
+		if name == "stranger" {
+			ctx := metadata.NewOutgoingContext(t.Context(), metadata.Pairs("workload.spiffe.io", "true"))
+			if _, code := call(ctx, dialRaw(t, a.Endpoint()), api+"FetchX509SVID", nil); code != codes.PermissionDenied {
+				t.Errorf("a workload on a node of another name got %v", code)
+			}
+			continue
+		}
+		wantIdentity(t, a, "spiffe://example.org/w")
+	}
+	var of struct {
+		Agents []struct {
+			ID string `json:"id"`
+		} `json:"agents"`
+	}
+	s.CLIJSON(&of, "agent", "list")
+	if len(of.Agents) != 3 {
+		t.Errorf("the agents are %+v", of.Agents)
+	}
 }
 
 // wantIdentity fetches what the agent has for this process.
