@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,13 +20,16 @@ import (
 )
 
 // fleet is one agent of each kind: attested and not seen since, active,
-// renewed, banned, and one that told its version.
-func (h *harness) fleet() (ids map[string]spiffeid.ID, certs map[string]*agent) {
+// renewed, banned, one that told its version, and two that attested by
+// certificate.
+func (h *harness) fleet(n *nodes) (ids map[string]spiffeid.ID, certs map[string]*agent) {
 	h.t.Helper()
 	certs = map[string]*agent{}
 	for _, kind := range []string{"new", "active", "renewed", "banned", "versioned"} {
 		certs[kind] = h.newAgent()
 	}
+	certs["machine"] = h.proven(n.machine("a.example.org", time.Hour))
+	certs["machine2"] = h.proven(n.machine("b.example.org", time.Hour))
 	for kind, a := range certs {
 		if kind == "new" {
 			continue
@@ -60,8 +64,9 @@ func (h *harness) fleet() (ids map[string]spiffeid.ID, certs map[string]*agent) 
 }
 
 func TestSDKAgentsAreWhatTheyAre(t *testing.T) {
-	h := start(t)
-	ids, certs := h.fleet()
+	n := newNodes(t)
+	h := start(t, n.configure)
+	ids, certs := h.fleet(n)
 	o := h.operator()
 	for kind, id := range ids {
 		got, err := o.agents.GetAgent(t.Context(), &spireagentv1.GetAgentRequest{Id: protoID(id)})
@@ -73,6 +78,12 @@ func TestSDKAgentsAreWhatTheyAre(t *testing.T) {
 			Id: protoID(id), AttestationType: "join_token", X509SvidSerialNumber: new(big.Int).Set(leaf.SerialNumber).String(), X509SvidExpiresAt: leaf.NotAfter.Unix(),
 			Banned: kind == "banned",
 		}
+		if isMachine(kind) {
+			want.AttestationType, want.CanReattest, want.Selectors = "x509pop", true, got.GetSelectors()
+			if len(got.GetSelectors()) < 2 {
+				t.Errorf("%s has selectors %v", kind, got.GetSelectors())
+			}
+		}
 		if kind == "versioned" {
 			want.AgentVersion = "v9"
 		}
@@ -82,30 +93,46 @@ func TestSDKAgentsAreWhatTheyAre(t *testing.T) {
 	}
 }
 
+func isMachine(kind string) bool { return strings.HasPrefix(kind, "machine") }
+
 // Every combination of the filters of ListAgents and CountAgents, over pages
-// of several sizes. All agents attested by token: none has selectors or can
-// attest again, and all their certificates end in 12 hours, also that of the
-// one that was not seen since.
+// of several sizes. Those that attested by token have no selectors and can't
+// attest again; all certificates end in 12 hours, also that of the one that
+// was not seen since.
 func TestSDKAgentFiltersInEveryPageSize(t *testing.T) {
-	h := start(t)
-	ids, _ := h.fleet()
+	n := newNodes(t)
+	h := start(t, n.configure)
+	ids, _ := h.fleet(n)
 	o := h.operator()
 	bools := []*wrapperspb.BoolValue{nil, wrapperspb.Bool(true), wrapperspb.Bool(false)}
 	in := func(ahead time.Duration, layout string) string { return time.Now().Add(ahead).Format(layout) }
 	const spires = "2006-01-02 15:04:05 -0700 -07"
 	ends := map[string]bool{"": true, in(time.Hour, spires): false, in(24*time.Hour, spires): true, in(24*time.Hour, time.RFC3339): true, in(-time.Hour, time.RFC3339): false}
-	kinds := map[string]bool{"": true, "join_token": true, "x509pop": false}
+	selectors := map[string][]*types.Selector{}
+	for kind, id := range ids {
+		a, err := o.agents.GetAgent(t.Context(), &spireagentv1.GetAgentRequest{Id: protoID(id)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		selectors[kind] = a.GetSelectors()
+	}
 	turn := 0
-	check := func(f *spireagentv1.ListAgentsRequest_Filter, matches bool) {
+	check := func(f *spireagentv1.ListAgentsRequest_Filter) {
 		t.Helper()
 		want := []string{}
-		for name, id := range ids {
-			if matches && (f.ByBanned == nil || f.ByBanned.GetValue() == (name == "banned")) && !f.GetByCanReattest().GetValue() {
+		for kind, id := range ids {
+			attestor := "join_token"
+			if isMachine(kind) {
+				attestor = "x509pop"
+			}
+			if (f.ByAttestationType == "" || f.ByAttestationType == attestor) && ends[f.ByExpiresBefore] &&
+				(f.ByBanned == nil || f.ByBanned.GetValue() == (kind == "banned")) &&
+				(f.ByCanReattest == nil || f.ByCanReattest.GetValue() == isMachine(kind)) && satisfies(selectors[kind], f.BySelectorMatch) {
 				want = append(want, id.Path())
 			}
 		}
 		slices.Sort(want)
-		size := []int32{0, 1, 2, 4, 5, 6}[turn%6]
+		size := []int32{0, 1, 2, 6, 7, 8}[turn%6]
 		turn++
 		what := fmt.Sprintf("pages of %d by %v", size, f)
 		got := pagesOf(t, what, size, func(token string) (keys []string, next string) {
@@ -128,17 +155,21 @@ func TestSDKAgentFiltersInEveryPageSize(t *testing.T) {
 			t.Errorf("count by %v: %d, %v; want %d", f, count.GetCount(), err, len(want))
 		}
 	}
-	for kind, isKind := range kinds {
-		for before, isBefore := range ends {
+	for _, kind := range []string{"", "join_token", "x509pop", "k8s_psat"} {
+		for before := range ends {
 			for _, banned := range bools {
 				for _, can := range bools {
-					check(&spireagentv1.ListAgentsRequest_Filter{ByAttestationType: kind, ByBanned: banned, ByCanReattest: can, ByExpiresBefore: before}, isKind && isBefore)
+					check(&spireagentv1.ListAgentsRequest_Filter{ByAttestationType: kind, ByBanned: banned, ByCanReattest: can, ByExpiresBefore: before})
 				}
 			}
 		}
 	}
+	a, b := selectors["machine"], selectors["machine2"]
 	for mode := range types.SelectorMatch_MatchBehavior_name {
-		check(&spireagentv1.ListAgentsRequest_Filter{BySelectorMatch: &types.SelectorMatch{Selectors: selectorsOf("1"), Match: types.SelectorMatch_MatchBehavior(mode)}}, false)
+		for _, some := range [][]*types.Selector{a, b, a[:1], a[1:], b[:2], append(slices.Clone(a), b...), append(slices.Clone(a), a...), selectorsOf("1"), append(selectorsOf("1"), a...)} {
+			check(&spireagentv1.ListAgentsRequest_Filter{BySelectorMatch: &types.SelectorMatch{Selectors: some, Match: types.SelectorMatch_MatchBehavior(mode)}})
+			check(&spireagentv1.ListAgentsRequest_Filter{BySelectorMatch: &types.SelectorMatch{Selectors: some, Match: types.SelectorMatch_MatchBehavior(mode)}, ByCanReattest: bools[1], ByBanned: bools[2]})
+		}
 	}
 	for name, f := range map[string]*spireagentv1.ListAgentsRequest_Filter{
 		"no selectors": {BySelectorMatch: &types.SelectorMatch{}}, "unknown match": {BySelectorMatch: &types.SelectorMatch{Selectors: selectorsOf("1"), Match: 4}},
@@ -179,10 +210,11 @@ func TestSDKAgentPagesAreStable(t *testing.T) {
 }
 
 func TestSDKAgentOutputMasks(t *testing.T) {
-	h := start(t)
-	ids, _ := h.fleet()
+	n := newNodes(t)
+	h := start(t, n.configure)
+	ids, _ := h.fleet(n)
 	o := h.operator()
-	for _, kind := range []string{"versioned", "banned"} {
+	for _, kind := range []string{"versioned", "banned", "machine"} {
 		full, err := o.agents.GetAgent(t.Context(), &spireagentv1.GetAgentRequest{Id: protoID(ids[kind])})
 		if err != nil {
 			t.Fatal(err)

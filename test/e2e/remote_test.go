@@ -67,9 +67,14 @@ func TestRemoteOperator(t *testing.T) {
 
 	refused("local_only", "token", "create")
 	refused("local_only", "agent", "ban", "--yes", a.ID)
+	refused("local_only", "x509", "mint", "--spiffe-id", opsID, "--write", s.File("minted"))
 	refused("entry_local_only", append(create, "--spiffe-id", opsID, "--hint", "more")...)
 	refused("entry_local_only", append(create, "--spiffe-id", "spiffe://example.org/ops/oncall")...)
 	refused("entry_local_only", "entry", "update", web.ID, "--spiffe-id", opsID)
+	refused("entry_local_only", "entry", "create", "--parent-id", "spiffe://example.org/assay/server", "--spiffe-id", "spiffe://example.org/nodes", "--selector", "spiffe_id:"+a.ID)
+	file := s.Write("entries.json", fmt.Sprintf(`{"entries": [{"id": %q, "spiffe_id": "spiffe://example.org/web", "parent_id": %q, "selectors": [%q], "hint": "web"},
+		{"spiffe_id": "spiffe://example.org/ops/oncall", "parent_id": %q, "selectors": [%q]}]}`, web.ID, a.ID, user, a.ID, user))
+	refused("entry_local_only", "entry", "apply", "-f", file)
 	var entries struct {
 		Entries []struct {
 			ID       string
