@@ -32,6 +32,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/pkg/selector"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
@@ -71,6 +72,7 @@ type rooms struct {
 	cache    *cache.Cache
 	endpoint *endpoint.Server
 	listener *durable.KeptListener
+	clock    *schedule.Clock
 	pinning  string // how callers are pinned
 }
 
@@ -92,7 +94,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 // open makes the rooms in their order. What fails closes what was open.
 func (a *Agent) open() (_ *rooms, err error) {
-	r := &rooms{}
+	r := &rooms{clock: schedule.SystemClock()}
 	if r.state, err = state.Open(a.cfg.DataDir, a.cfg.trustDomain()); err != nil {
 		return nil, err
 	}
@@ -107,13 +109,13 @@ func (a *Agent) open() (_ *rooms, err error) {
 			TrustDomain: a.cfg.trustDomain(), ReservedPrefix: a.cfg.prefix(), Addresses: a.cfg.Server.Addresses,
 			TrustBundle: a.cfg.TrustBundle, Pin: a.cfg.Pin, JoinTokenFile: a.cfg.JoinTokenFile, X509Pop: node.X509Pop(a.cfg.X509Pop), Version: a.deps.Version,
 		},
-		State: r.state, Log: log, Registerer: reg,
+		State: r.state, Clock: r.clock, Log: log, Registerer: reg,
 	}); err != nil {
 		return nil, err
 	}
 	if r.cache, err = cache.New(cache.Options{
 		TrustDomain: a.cfg.trustDomain(), ReservedPrefix: a.cfg.prefix(), RunDir: a.cfg.RunDir, Version: a.deps.Version,
-		State: r.state, Connector: connector{r.node}, Log: log, Registerer: reg,
+		State: r.state, Connector: connector{r.node}, Clock: r.clock, Log: log, Registerer: reg,
 	}); err != nil {
 		return nil, err
 	}
@@ -202,7 +204,7 @@ func (a *Agent) Ready(context.Context) error {
 		return fault.New(fault.NotReady, "agent_starting", "the agent is starting or stopping")
 	}
 	id, attested := r.state.Identity()
-	return ready(time.Now().Round(0), attested, id, r.cache.Status(), r.listener.InPlace())
+	return ready(r.clock.Now(), attested, id, r.cache.Status(), r.listener.InPlace())
 }
 
 // ready is the rule of Ready.

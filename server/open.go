@@ -11,6 +11,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/durable"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/api"
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/audit"
@@ -87,7 +88,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if r.authority, err = ca.Open(ctx, ca.Options{
 		TrustDomain: td, Config: s.cfg.CA, AgentSVIDTTL: s.cfg.Attestation.AgentSVIDTTL, Bootstrap: s.cfg.Bootstrap,
 		ReservedPrefix: s.cfg.prefix(), Store: r.store, Keys: keys.NewSealed(seal, td), MAC: seal.MAC,
-		Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
+		Audit: r.audit, Clock: schedule.SystemClock(), Log: s.deps.Log, Registerer: s.deps.Registerer,
 	}); err != nil {
 		return nil, fmt.Errorf("open authority: %w", err)
 	}

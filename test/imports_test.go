@@ -40,7 +40,7 @@ var rooms = map[string][]string{
 
 	"agent": {
 		"agent/attest", "agent/cache", "agent/endpoint", "agent/node", "agent/state",
-		"proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/selector",
+		"proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector",
 	},
 	"agent/attest":   {"pkg/fault", "pkg/rpc", "pkg/selector"},
 	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule", "pkg/selector"},

@@ -86,7 +86,7 @@ func raise(m map[delivery]time.Time, d delivery, until time.Time) {
 // streams are closed.
 func (c *Cache) recallDeliveries() {
 	for _, d := range c.state.Delivered() {
-		if now().Before(d.Until) {
+		if c.now().Before(d.Until) {
 			raise(c.closed, delivery{d.Sequence, d.AuthorityID}, d.Until)
 			raise(c.marks, delivery{d.Sequence, d.AuthorityID}, d.Until)
 		}
@@ -125,7 +125,7 @@ func (c *Cache) resaveMarks() {
 }
 
 func (c *Cache) saveMarks() {
-	at := now()
+	at := c.now()
 	var list []state.Delivered
 	for d, until := range c.marks {
 		if !at.Before(until) {
@@ -157,7 +157,7 @@ func (c *Cache) claims(at time.Time) *agentv1.SyncRequest_Report {
 			l.LatestExpiry = timestamppb.New(until)
 		}
 	}
-	report := &agentv1.SyncRequest_Report{AgentTime: timestamppb.New(at), Revision: c.revision}
+	report := &agentv1.SyncRequest_Report{AgentTime: timestamppb.Now(), Revision: c.revision}
 	earliest := time.Time{}
 	for _, e := range c.entries {
 		if !e.servable(at) {

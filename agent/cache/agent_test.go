@@ -20,6 +20,7 @@ import (
 	"github.com/seed-caa81108/assay/agent/cache"
 	"github.com/seed-caa81108/assay/agent/state"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/pkg/selector"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
@@ -33,6 +34,7 @@ type agent struct {
 	state  *state.State
 	cache  *cache.Cache
 	reg    *prometheus.Registry
+	clock  *schedule.Clock
 	log    io.Writer
 	cancel context.CancelFunc
 	done   chan struct{}

@@ -41,10 +41,12 @@ type Options struct {
 	ReservedPrefix string
 	// RunDir is the directory of the sealed file, best on a file system in
 	// memory.
-	RunDir     string
-	Version    string
-	State      *state.State
-	Connector  Connector
+	RunDir    string
+	Version   string
+	State     *state.State
+	Connector Connector
+	// Clock tells the time; nil: the wall clock, whatever it shows.
+	Clock      *schedule.Clock
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -57,12 +59,14 @@ type Cache struct {
 	version  string
 	state    *state.State
 	servers  Connector
+	clock    *schedule.Clock
 	log      *slog.Logger
 	metrics  *metrics
 
 	wake      chan struct{} // the signer has something to look at
 	unsealed  chan struct{} // the sealed file is out of date
 	accountCh chan struct{} // acknowledgement or report may have changed
+	doubts    chan struct{} // the clock was set: the server's time is needed
 
 	mu sync.Mutex
 	// What the server said.
@@ -113,8 +117,8 @@ func New(o Options) (*Cache, error) {
 	}
 	c := &Cache{
 		td: o.TrustDomain, reserved: o.ReservedPrefix, file: file, version: o.Version,
-		state: o.State, servers: o.Connector, log: o.Log,
-		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1),
+		state: o.State, servers: o.Connector, clock: o.Clock, log: o.Log,
+		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1), doubts: make(chan struct{}, 1),
 		entries: map[string]*entry{}, byKey: map[selector.Selector]map[*entry]struct{}{},
 		groups: map[string]*group{}, groupsBy: map[selector.Selector]map[*group]struct{}{}, dirty: map[*group]struct{}{},
 		subscriptions: map[*Subscription]struct{}{}, hintsWarned: map[string]struct{}{},
@@ -148,7 +152,7 @@ func (c *Cache) Purge() error {
 	for _, e := range c.entries {
 		c.removeEntry(e)
 	}
-	c.flush(now())
+	c.flush(c.now())
 	c.mu.Unlock()
 	return c.removeSealed()
 }
@@ -174,7 +178,7 @@ func (c *Cache) Status() Status {
 	defer c.mu.Unlock()
 	s := Status{Synced: c.synced, Connected: c.connected, LastSync: c.lastSync, Entries: len(c.entries)}
 	if c.connected {
-		s.LastSync = now()
+		s.LastSync = c.now()
 	}
 	if c.bundle != nil {
 		s.BundleSequence = c.bundle.Sequence
@@ -193,6 +197,7 @@ func (c *Cache) Status() Status {
 
 // tickLoop makes expiry visible: it compares snapshots with the wall clock.
 func (c *Cache) tickLoop(ctx context.Context) {
+	var step time.Duration
 	for {
 		c.mu.Lock()
 		life := c.shortestLife()
@@ -200,7 +205,8 @@ func (c *Cache) tickLoop(ctx context.Context) {
 		if schedule.Sleep(ctx, schedule.Tick(life)) != nil {
 			return
 		}
-		c.tick(now())
+		c.tick(c.now())
+		step = c.heedClock(ctx, step)
 	}
 }
 
@@ -272,7 +278,7 @@ func (c *Cache) retired(s *SVID) bool {
 func (c *Cache) planRenewal(e *entry) {
 	at := e.svid.renewAt
 	if c.retired(e.svid) {
-		if soon := schedule.Within(now(), e.svid.life/12); soon.Before(at) {
+		if soon := schedule.Within(c.now(), e.svid.life/12); soon.Before(at) {
 			at = soon
 		}
 	}
@@ -290,6 +296,5 @@ func signal(ch chan struct{}) {
 	}
 }
 
-// now is the wall clock without Go's monotonic part, which stands still while
-// the machine sleeps; certificates don't.
-func now() time.Time { return time.Now().Round(0) }
+// now is the time that certificates are judged by.
+func (c *Cache) now() time.Time { return c.clock.Now() }

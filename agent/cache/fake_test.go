@@ -118,7 +118,8 @@ type fake struct {
 	// until it is closed; bad, if set, changes a chain; oldest makes every
 	// snapshot come in chunks of one entry.
 	refuse map[string]error
-	broken error                 // fails whole batches
+	broken error // fails whole batches
+	clock  func() time.Time
 	limit  func(items int) error // may refuse a batch
 	until  []time.Time           // of each batch: the end of what it replaces
 	hold   chan struct{}
@@ -141,7 +142,7 @@ func newFake() *fake {
 	root := newAuthority("root 1")
 	return &fake{
 		epoch: "epoch-1", entries: map[string]*agentv1.Entry{}, signer: root, sequence: 1, bundled: []*authority{root},
-		streams: map[*fakeStream]struct{}{}, ttl: time.Hour, keys: map[string]int{}, refuse: map[string]error{}, chunk: 1 << 30,
+		clock: time.Now, streams: map[*fakeStream]struct{}{}, ttl: time.Hour, keys: map[string]int{}, refuse: map[string]error{}, chunk: 1 << 30,
 	}
 }
 
@@ -324,7 +325,9 @@ func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1
 				return fault.Status(f.judgement(), "R").Err()
 			}
 			for _, m := range msgs {
-				if err := stream.Send(proto.CloneOf(m)); err != nil {
+				m := proto.CloneOf(m)
+				m.ServerTime = timestamppb.New(f.clock())
+				if err := stream.Send(m); err != nil {
 					return err
 				}
 			}
@@ -392,6 +395,8 @@ func (f *fake) sign(item *agentv1.SignX509Request_Item) *agentv1.SignX509Respons
 	id := spiffeid.RequireFromString(e.GetSpiffeId())
 	template := leafTemplate(id, ttl)
 	template.DNSNames = e.GetDnsNames()
+	ahead := time.Until(f.clock())
+	template.NotBefore, template.NotAfter = template.NotBefore.Add(ahead), template.NotAfter.Add(ahead)
 	leaf := sign(template, f.signer.issuer, csr.PublicKey, f.signer.issuerKey)
 	chain := [][]byte{leaf.Raw, f.signer.issuer.Raw}
 	if f.bad != nil {
@@ -496,7 +501,7 @@ func (a *agent) start() {
 	var err error
 	a.cache, err = cache.New(cache.Options{
 		TrustDomain: td, ReservedPrefix: "/assay/", RunDir: filepath.Join(a.dir, "run"), Version: "test",
-		State: a.state, Connector: a.conns, Log: slog.New(slog.NewTextHandler(a.log, nil)), Registerer: a.reg,
+		State: a.state, Connector: a.conns, Clock: a.clock, Log: slog.New(slog.NewTextHandler(a.log, nil)), Registerer: a.reg,
 	})
 	if err != nil {
 		a.t.Fatal(err)

@@ -41,7 +41,7 @@ func TestServerThatLimitsIsAskedAgainWhenItSaysSo(t *testing.T) {
 			if len(f.keys) != entries {
 				t.Errorf("%d certificates were signed for %d entries", len(f.keys), entries)
 			}
-			if refused == 0 || refused > entries/10 {
+			if refused == 0 || refused > entries/3 {
 				t.Errorf("refused %d times", refused)
 			}
 		})

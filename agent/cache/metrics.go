@@ -15,7 +15,7 @@ type metrics struct {
 	signFailures *prometheus.CounterVec
 	syncFailures *prometheus.CounterVec
 
-	connected, lastSync, entries, svids, earliest, sequence, authority *prometheus.Desc
+	connected, lastSync, entries, svids, earliest, sequence, authority, clockStep *prometheus.Desc
 }
 
 func newMetrics(reg prometheus.Registerer, c *Cache) *metrics {
@@ -36,6 +36,7 @@ func newMetrics(reg prometheus.Registerer, c *Cache) *metrics {
 		svids:     desc("svids", "X.509-SVIDs held for workloads."),
 		earliest:  desc("workload_svid_earliest_not_after_timestamp_seconds", "End of the workload X.509-SVID that ends first; absent while there is none."),
 		sequence:  desc("bundle_sequence", "Sequence of the trust bundle that is served."),
+		clockStep: desc("clock_step_seconds", "How far the machine's clock was set without the server's clock confirming it; 0 while it is believed."),
 		authority: desc("authority_not_after_timestamp_seconds", "End of each root in the trust bundle that is served.", "authority"),
 	}
 	reg.MustRegister(m.signFailures, m.syncFailures, m)
@@ -44,7 +45,7 @@ func newMetrics(reg prometheus.Registerer, c *Cache) *metrics {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{m.connected, m.lastSync, m.entries, m.svids, m.earliest, m.sequence, m.authority} {
+	for _, d := range []*prometheus.Desc{m.connected, m.lastSync, m.entries, m.svids, m.earliest, m.sequence, m.authority, m.clockStep} {
 		ch <- d
 	}
 }
@@ -73,6 +74,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(m.earliest, unix(s.EarliestNotAfter))
 	}
 	gauge(m.sequence, float64(s.BundleSequence))
+	gauge(m.clockStep, m.cache.clock.Step().Seconds())
 	m.cache.mu.Lock()
 	b := m.cache.bundle
 	m.cache.mu.Unlock()

@@ -79,7 +79,7 @@ func (c *Cache) enqueue(e *entry) {
 	}
 	e.class = prefetch
 	switch {
-	case e.svid != nil && e.servable(now()):
+	case e.svid != nil && e.servable(c.now()):
 		e.class = renewal
 	case e.awaited():
 		e.class = waiting

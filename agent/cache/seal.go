@@ -114,7 +114,7 @@ func (c *Cache) collect() (sealed, bool) {
 	}
 	s := sealed{agentID: c.agentID, epoch: c.epoch, revision: c.revision, lastSync: c.lastSync, records: make([]sealedRecord, 0, len(c.entries))}
 	if c.connected {
-		s.lastSync = now()
+		s.lastSync = c.now()
 	}
 	for _, e := range c.entries {
 		s.records = append(s.records, sealedRecord{wire: e.wire, committed: e.committed, svid: e.svid})
@@ -146,7 +146,7 @@ func (c *Cache) load() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	at := now()
+	at := c.now()
 	c.agentID, c.epoch, c.revision, c.lastSync, c.synced = content.agentID, content.epoch, content.revision, content.lastSync, true
 	for _, r := range content.records {
 		c.restore(r, at)

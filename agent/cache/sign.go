@@ -54,7 +54,7 @@ func (c *Cache) signLoop(ctx context.Context) {
 	var calls sync.WaitGroup
 	defer calls.Wait()
 	for {
-		more, next := c.look(now())
+		more, next := c.look(c.now())
 		if !more {
 			timer := time.NewTimer(next)
 			select {
@@ -151,7 +151,7 @@ func (c *Cache) giveUpWaiting() {
 			c.touch(e)
 		}
 	}
-	c.flush(now())
+	c.flush(c.now())
 }
 
 // signBatch makes keys, has them certified and checks what came back. An error
@@ -180,7 +180,7 @@ func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch
 	for i, r := range resp.GetResults() {
 		batch[i].result = r
 	}
-	at := now()
+	at := c.now()
 	parallel(len(batch), func(i int) { batch[i].svid, batch[i].err = batch[i].finish(v, at) })
 	return nil
 }
@@ -227,7 +227,7 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 	if ctx.Err() != nil {
 		return
 	}
-	at := now()
+	at := c.now()
 	var failed []*job
 	installed := false
 	c.mu.Lock()
@@ -302,7 +302,7 @@ func (c *Cache) install(e *entry, svid *SVID) {
 	e.wait.Max = min(signBackoff.Max, max(svid.life/10, time.Second))
 	if !c.trusted(svid) {
 		// The server still signs under a root that it wants to get rid of.
-		c.postpone(e, now().Add(e.wait.Next()))
+		c.postpone(e, c.now().Add(e.wait.Next()))
 		return
 	}
 	e.failures = 0

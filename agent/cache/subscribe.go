@@ -111,7 +111,7 @@ func (c *Cache) Subscribe(set selector.Set) *Subscription {
 	g.subs[s] = struct{}{}
 	c.subscriptions[s] = struct{}{}
 	for _, e := range g.entries {
-		if e.in == &c.ready && e.class > waiting && !e.servable(now()) {
+		if e.in == &c.ready && e.class > waiting && !e.servable(c.now()) {
 			e.class = waiting
 			c.ready.fix(e)
 			c.kick()
@@ -176,7 +176,7 @@ func (s *Subscription) Snapshot() (*Snapshot, error) {
 	// A view that is replaced before it is noted as seen would be replaced in
 	// silence, so look again.
 	for again := true; again; again = s.group.view.Load() != v {
-		if v = s.group.view.Load(); v == nil || v.expired(now()) {
+		if v = s.group.view.Load(); v == nil || v.expired(s.cache.now()) {
 			v = s.cache.refresh(s.group)
 		}
 		s.seen.Store(v)
@@ -249,7 +249,7 @@ func (c *Cache) retireGroup(g *group) {
 func (c *Cache) refresh(g *group) *view {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	at := now()
+	at := c.now()
 	if v := g.view.Load(); v != nil && !v.expired(at) {
 		return v
 	}

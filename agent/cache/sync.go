@@ -30,8 +30,9 @@ const (
 	succession = 15 * time.Second
 )
 
-// errReplaced ends a stream because there is a better connection.
-var errReplaced = errors.New("connection replaced")
+// errReplaced ends a stream in favour of a new one, at once: there is a better
+// connection, or the server's time is needed.
+var errReplaced = errors.New("stream replaced")
 
 type syncStream = grpc.BidiStreamingClient[agentv1.SyncRequest, agentv1.SyncResponse]
 
@@ -44,7 +45,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		began := now()
+		began := c.now()
 		if err == nil {
 			err = c.follow(ctx, conn)
 			conn.Release()
@@ -56,7 +57,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		if errors.Is(err, errReplaced) {
 			continue
 		}
-		if had && now().Sub(began) >= steady {
+		if had && c.now().Sub(began) >= steady {
 			away.Reset()
 			refusal.Reset()
 		}
@@ -82,7 +83,7 @@ type outage struct {
 // tellOutage logs the loss of the stream and why there is no new one: at once,
 // and then now and then while the reason stays the same.
 func (c *Cache) tellOutage(ctx context.Context, o *outage, had bool, err error, pause time.Duration) {
-	at, reason, level := now(), fault.ReasonOf(err), slog.LevelWarn
+	at, reason, level := c.now(), fault.ReasonOf(err), slog.LevelWarn
 	if reason == "bundle_rollback" {
 		level = slog.LevelError // somebody has to look at this
 	}
@@ -100,8 +101,12 @@ func (c *Cache) tellOutage(ctx context.Context, o *outage, had bool, err error, 
 
 // follow runs one stream until it breaks or a better connection is there.
 func (c *Cache) follow(ctx context.Context, conn Conn) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	select {
+	case <-c.doubts: // the first message has the server's time
+	default:
+	}
 	// The agent's key may be new: what is sealed has to be opened by it.
 	signal(c.unsealed)
 	stop := make(chan struct{})
@@ -109,7 +114,9 @@ func (c *Cache) follow(ctx context.Context, conn Conn) error {
 	go func() {
 		select {
 		case <-conn.Replaced():
-			cancel()
+			cancel(errReplaced)
+		case <-c.doubts:
+			cancel(errReplaced)
 		case <-stop:
 		}
 	}()
@@ -123,8 +130,11 @@ func (c *Cache) follow(ctx context.Context, conn Conn) error {
 		// which replaces the connection as well.
 		_ = schedule.Sleep(ctx, succession)
 	}
+	if errors.Is(context.Cause(ctx), errReplaced) { // whatever else went wrong with it
+		return errReplaced
+	}
 	select {
-	case <-conn.Replaced(): // whatever else went wrong with it
+	case <-conn.Replaced():
 		return errReplaced
 	default:
 		return err
@@ -150,6 +160,7 @@ func (c *Cache) exchange(ctx context.Context, client agentv1.AgentClient) error 
 		if err != nil {
 			return fault.FromStatus(err)
 		}
+		c.hearTime(ctx, resp.GetServerTime())
 		if err := next.add(resp); err != nil {
 			return err
 		}
@@ -190,7 +201,7 @@ func (c *Cache) talk(ctx context.Context, stream syncStream) {
 	defer ticker.Stop()
 	for {
 		c.mu.Lock()
-		at := now()
+		at := c.now()
 		ack := c.dueAck(at)
 		c.mu.Unlock()
 		if ack != nil && !sameAck(ack, acked) {
@@ -210,12 +221,12 @@ func (c *Cache) talk(ctx context.Context, stream syncStream) {
 			}
 		}
 		c.mu.Lock()
-		report := c.claims(now())
+		report := c.claims(c.now())
 		c.mu.Unlock()
 		if stream.Send(&agentv1.SyncRequest{Message: &agentv1.SyncRequest_Report_{Report: report}}) != nil {
 			return
 		}
-		reported = now()
+		reported = c.now()
 		select {
 		case <-ctx.Done():
 			return
@@ -274,7 +285,7 @@ func (c *Cache) apply(ctx context.Context, chunks []*agentv1.SyncResponse) error
 	}
 	removed := c.change(chunks, list)
 	c.epoch, c.revision = last.GetEpoch(), last.GetRevision()
-	c.lastSync = now()
+	c.lastSync = c.now()
 	if !c.synced {
 		c.synced = true
 		for _, g := range c.groups {
@@ -292,7 +303,7 @@ func (c *Cache) apply(ctx context.Context, chunks []*agentv1.SyncResponse) error
 		c.log.InfoContext(ctx, "in sync with the server", slog.Bool("snapshot", last.GetSnapshot()), slog.Int("entries", len(c.entries)), slog.Int("removed", removed),
 			slog.Int64("revision", c.revision))
 	}
-	c.flush(now())
+	c.flush(c.now())
 	c.kick()
 	signal(c.unsealed)
 	signal(c.accountCh)
@@ -367,7 +378,7 @@ func (c *Cache) setConnected(is bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.connected && !is {
-		c.lastSync = now()
+		c.lastSync = c.now()
 	}
 	was := c.connected
 	c.connected = is

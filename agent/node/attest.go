@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"strings"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/peer"
@@ -34,7 +33,7 @@ const maxToken = 4 << 10
 func (n *Node) ensureIdentity(ctx context.Context) (state.Identity, error) {
 	live := func() (state.Identity, bool) {
 		id, ok := n.state.Identity()
-		return id, ok && !n.disowned && time.Now().Before(id.NotAfter())
+		return id, ok && !n.disowned && n.clock.Now().Before(id.NotAfter())
 	}
 	if id, ok := live(); ok {
 		return id, nil
@@ -334,7 +333,7 @@ func (n *Node) accept(from *agentv1.Identity, key *ecdsa.PrivateKey) (state.Iden
 		}
 		out.Chain = append(out.Chain, c)
 	}
-	id, err := rpc.VerifyPeer(out.Chain, n.bundle().Pool(), n.cfg.TrustDomain, time.Now())
+	id, err := rpc.VerifyPeer(out.Chain, n.bundle().Pool(), n.cfg.TrustDomain, n.clock.Now())
 	if err != nil {
 		return invalid(fault.SafeText(err), err)
 	}

@@ -41,7 +41,9 @@ type Config struct {
 // Options are what New needs.
 type Options struct {
 	Config
-	State      *state.State
+	State *state.State
+	// Clock tells the time; nil: the wall clock, whatever it shows.
+	Clock      *schedule.Clock
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 	// Dial reaches an address; nil means TCP.
@@ -53,6 +55,7 @@ type Node struct {
 	cfg      Config
 	serverID spiffeid.ID
 	state    *state.State
+	clock    *schedule.Clock
 	log      *slog.Logger
 	metrics  *metrics
 	reach    func(ctx context.Context, address string) (net.Conn, error)
@@ -87,7 +90,7 @@ func New(o Options) (*Node, error) {
 		}
 	}
 	n := &Node{
-		cfg: o.Config, serverID: serverID, state: o.State, log: o.Log, metrics: newMetrics(o.Registerer),
+		cfg: o.Config, serverID: serverID, state: o.State, clock: o.Clock, log: o.Log, metrics: newMetrics(o.Registerer),
 		reach: o.Dial, changed: make(chan struct{}),
 	}
 	if n.reach == nil {
@@ -223,7 +226,7 @@ func (n *Node) connect(ctx context.Context, id state.Identity) (*Conn, error) {
 	}
 	failures := 0
 	err = n.retry(ctx, "connect to the server", "connect", func(ctx context.Context) error {
-		if !time.Now().Before(id.NotAfter()) {
+		if !n.clock.Now().Before(id.NotAfter()) {
 			return errors.Join(errNotAccepted, errExpired)
 		}
 		err := n.probe(ctx, conn)
@@ -293,9 +296,7 @@ func (n *Node) keep(ctx context.Context, conn *Conn, id state.Identity) error {
 			return err
 		case <-tick.C:
 		}
-		// Without its monotonic part, which stands still while the machine
-		// sleeps.
-		now := time.Now().Round(0)
+		now := n.clock.Now()
 		if !now.Before(id.NotAfter()) {
 			return errors.Join(errNotAccepted, errExpired)
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/keys"
 	"github.com/seed-caa81108/assay/server/store"
@@ -33,7 +34,7 @@ type Auditor interface {
 	Record(ctx context.Context, lines ...audit.Line) error
 }
 
-// Options is what an Authority is made of. All fields but Bootstrap and
+// Options is what an Authority is made of. All fields but Bootstrap, Clock and
 // Registerer are needed.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
@@ -48,8 +49,10 @@ type Options struct {
 	Store          store.KV
 	Keys           Keys
 	// MAC authenticates records; (keys.SealKey).MAC.
-	MAC        func(name string, value []byte) []byte
-	Audit      Auditor
+	MAC   func(name string, value []byte) []byte
+	Audit Auditor
+	// Clock notices when the wall clock is set back: nothing is signed then.
+	Clock      *schedule.Clock
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
 }
@@ -73,6 +76,7 @@ type Authority struct {
 	store    store.KV
 	keys     Keys
 	audit    Auditor
+	clock    *schedule.Clock
 	log      *slog.Logger
 	metrics  *metrics
 	stamp    stamp
@@ -153,7 +157,7 @@ func build(o Options) (*Authority, error) {
 	return &Authority{
 		td: o.TrustDomain, cfg: cfg, agentTTL: o.AgentSVIDTTL,
 		profiles: newProfiles(o.TrustDomain, o.ReservedPrefix, cfg, o.AgentSVIDTTL),
-		store:    o.Store, keys: o.Keys, audit: o.Audit, log: o.Log,
+		store:    o.Store, keys: o.Keys, audit: o.Audit, clock: o.Clock, log: o.Log,
 		stamp:   stamp{mac: o.MAC},
 		serials: &serials{random: rand.Reader},
 		beat:    beat,
@@ -222,6 +226,10 @@ func (a *Authority) Ready() error {
 func (a *Authority) ready(now time.Time) error {
 	if err := a.stopped.Load(); err != nil {
 		return *err
+	}
+	if a.clock.Step() < 0 {
+		return fault.Newf(fault.NotReady, "clock_backwards",
+			"the server's clock was set back by more than %v: nothing is signed until it is right; if it is right now, restart the server", schedule.MaxStep)
 	}
 	if a.heard.Load().age(now) > silence {
 		return fault.Newf(fault.NotReady, "store_silent", "the store has not answered for %v: signing stops until it does", silence)

@@ -26,6 +26,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/name"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/audit"
 )
 
@@ -519,6 +520,39 @@ func TestPlanStaysInsideTheIssuersLife(t *testing.T) {
 	}
 	l = p.plan(workload("/w"), &x509.Certificate{NotBefore: at(-time.Hour), NotAfter: at(0)}, now)
 	wantReason(t, l.err, fault.NotReady, "issuer_expired")
+}
+
+// NEG-58 b: however old the issuer is, a clock that is set back stops signing, and
+// one that is right again starts it.
+func TestClockThatIsSetBackStopsSigning(t *testing.T) {
+	w := newWorld(t)
+	var set atomic.Int64
+	began := time.Now()
+	w.opts.Clock = schedule.NewClock(
+		func() time.Time { return time.Now().Round(0).Add(time.Duration(set.Load())) },
+		func() time.Duration { return time.Since(began) },
+	)
+	a := w.open()
+	issue := func() error {
+		_, err := a.IssueX509(t.Context(), audit.Origin{}, []X509Request{workload("/w")})
+		return err
+	}
+	for _, by := range []time.Duration{-25 * time.Hour, -6 * time.Minute} {
+		set.Store(int64(by))
+		wantReason(t, issue(), fault.NotReady, "clock_backwards")
+		wantReason(t, a.Ready(), fault.NotReady, "clock_backwards")
+		set.Store(0)
+		if err := issue(); err != nil {
+			t.Errorf("right again after %v: %v", by, err)
+		}
+	}
+	for _, by := range []time.Duration{-4 * time.Minute, 3 * time.Hour} { // the latter: it was stopped by its host
+		set.Store(int64(by))
+		if err := issue(); err != nil {
+			t.Errorf("%v: %v", by, err)
+		}
+		set.Store(0)
+	}
 }
 
 func TestClockBeforeTheIssuerStopsSigning(t *testing.T) {
