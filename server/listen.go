@@ -130,6 +130,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 		},
 		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		RefusalsPerSecond: refusalLines,
+		Unlisted:          r.refusals.ReportUnlisted,
 		Options:           keepalives(),
 	})
 	agentv1.RegisterAgentServer(agents, agentService)
@@ -140,7 +141,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 	operators := api.Operators{UIDs: append([]uint32{uint32(os.Geteuid())}, s.cfg.Admin.UIDs...), GID: gid}
 	admin := rpc.NewServer(rpc.ServerConfig{
 		Name: "admin", Methods: api.AdminMethods(operators, r.refusals.Report), Creds: rpc.LocalCreds(),
-		MaxRecvBytes: maxAdminMessage, Log: s.deps.Log, Metrics: s.metrics.rpc,
+		MaxRecvBytes: maxAdminMessage, Log: s.deps.Log, Metrics: s.metrics.rpc, Unlisted: r.refusals.ReportUnlisted,
 	})
 	s.registerOperators(admin, r)
 	return servers{agents: agents, remote: remote, admin: admin}, nil

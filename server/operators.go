@@ -32,6 +32,7 @@ func (s *Server) remoteServer(r *rooms) (*grpc.Server, error) {
 	}
 	srv := rpc.NewServer(rpc.ServerConfig{
 		Name: "operators", Methods: api.RateLimited(api.RemoteMethods(ids, r.refusals.Report), s.cfg.Limits.OperatorRate), Creds: doorCreds{},
+		Unlisted:          r.refusals.ReportUnlisted,
 		RefusalsPerSecond: refusalLines,
 		MaxRecvBytes:      maxAdminMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		Options: keepalives(),

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,7 +89,7 @@ func TestEveryMethodHasARule(t *testing.T) {
 }
 
 // NEG-24: other writings of a path are other methods, and the operators'
-// methods are not the agents'.
+// methods are not the agents'. Who tries is in the audit log.
 func TestOtherPathFormsAreUnknown(t *testing.T) {
 	h := start(t)
 	a := h.newAgent()
@@ -110,6 +111,13 @@ func TestOtherPathFormsAreUnknown(t *testing.T) {
 	}
 	if err := conn.Invoke(t.Context(), "/assay.agent.v1.Agent/Bundle", &agentv1.BundleRequest{}, &agentv1.BundleResponse{}); err != nil {
 		t.Errorf("the path itself: %v", err)
+	}
+	for _, reason := range []string{"method_unknown", "operator_not_allowed"} {
+		eventually(t, reason+" in the audit log", 5*time.Second, func() bool {
+			return slices.ContainsFunc(h.audit(), func(line map[string]any) bool {
+				return line["action"] == "call.refuse" && sub(line, "result", "reason") == reason && sub(line, "actor", "spiffe_id") == a.id.String()
+			})
+		})
 	}
 	if err := conn.Invoke(t.Context(), "assay.agent.v1.Agent/Bundle", &agentv1.BundleRequest{}, &agentv1.BundleResponse{}); err == nil {
 		t.Error("a path without its first slash is served")

@@ -66,8 +66,11 @@ type ServerConfig struct {
 	MaxRecvBytes int
 	// MaxStreams bounds concurrent RPCs of a connection; default 100.
 	MaxStreams uint32
-	Log        *slog.Logger
-	Metrics    *Metrics
+	// Unlisted, if set, is told of calls of methods that are not in the table.
+	// It must not block.
+	Unlisted func(Caller, error)
+	Log      *slog.Logger
+	Metrics  *Metrics
 	// RefusalsPerSecond bounds the lines that the log has of refused calls, for
 	// sockets that anybody can call; the next line says how many are missing.
 	// Zero means all. The metrics count each.
@@ -157,7 +160,11 @@ func (g *guard) admit(caller Caller, info *tap.Info) error {
 	}
 	rule := g.cfg.Methods[info.FullMethodName]
 	if rule == nil {
-		return fault.New(fault.Unimplemented, "method_unknown", "this socket has no such method")
+		err := fault.New(fault.Unimplemented, "method_unknown", "this socket has no such method")
+		if g.cfg.Unlisted != nil {
+			g.cfg.Unlisted(caller, err)
+		}
+		return err
 	}
 	return rule(caller)
 }

@@ -219,8 +219,8 @@ func TestHandlerErrorsBecomeSafeStatuses(t *testing.T) {
 	}
 }
 
-// NEG-25: a rule that panics refuses its call. The process and the connection
-// go on.
+// NEG-25: a rule that panics, or fails with an error of no kind, refuses its
+// call, and no handler runs. The process and the connection go on.
 func TestRuleThatPanicsRefuses(t *testing.T) {
 	lis, target := unixListener(t)
 	logs := &strings.Builder{}
@@ -229,6 +229,7 @@ func TestRuleThatPanicsRefuses(t *testing.T) {
 		Methods: rpc.Methods{
 			bundleMethod: rpc.Anyone,
 			renewMethod:  func(rpc.Caller) error { panic("a secret of ours") },
+			syncMethod:   func(rpc.Caller) error { return errors.New("a secret of ours") },
 		},
 		Creds: rpc.LocalCreds(), Log: slog.New(slog.NewTextHandler(logs, nil)),
 	}, svc, lis)
@@ -236,6 +237,13 @@ func TestRuleThatPanicsRefuses(t *testing.T) {
 	_, err := client.Renew(t.Context(), &agentv1.RenewRequest{})
 	if status.Code(err) != codes.Internal || fault.ReasonOf(fault.FromStatus(err)) != "authz_error" || strings.Contains(err.Error(), "secret") {
 		t.Errorf("the caller sees %v", err)
+	}
+	stream, err := client.Sync(t.Context())
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	if status.Code(err) != codes.Internal || strings.Contains(err.Error(), "secret") {
+		t.Errorf("a rule that fails: the caller sees %v", err)
 	}
 	if _, err := client.Bundle(t.Context(), &agentv1.BundleRequest{}); err != nil {
 		t.Errorf("the next call: %v", err)

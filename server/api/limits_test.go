@@ -198,6 +198,17 @@ func TestStrangersAreNotReported(t *testing.T) {
 	if reported != 0 {
 		t.Error("anybody can fill the audit log")
 	}
+	r := NewRefusals(nil, slog.New(slog.DiscardHandler))
+	unlisted := fault.New(fault.Unimplemented, "method_unknown", "no such method")
+	r.ReportUnlisted(rpc.Caller{Addr: "192.0.2.1:1"}, unlisted)
+	if len(r.queue) != 0 {
+		t.Error("a stranger's wrong method is reported")
+	}
+	r.ReportUnlisted(rpc.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/assay/agent/x"), State: rpc.CertValid}, unlisted)
+	r.ReportUnlisted(rpc.Caller{Local: true, UID: 7}, unlisted)
+	if len(r.queue) != 2 {
+		t.Errorf("%d of 2 known callers are reported", len(r.queue))
+	}
 }
 
 func TestRecordTellsThatTheActMayHaveHappened(t *testing.T) {

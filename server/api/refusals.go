@@ -64,6 +64,14 @@ func (r *Refusals) Report(c rpc.Caller, err error) {
 	}
 }
 
+// ReportUnlisted is Report for calls of methods that are in no table: those of
+// callers that are known, as strangers would fill the audit log.
+func (r *Refusals) ReportUnlisted(c rpc.Caller, err error) {
+	if c.Local || c.State == rpc.CertValid {
+		r.Report(c, err)
+	}
+}
+
 func (r *Refusals) first(key refusal, now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
