@@ -37,7 +37,7 @@ func TestWhatCannotBeUndoneAsks(t *testing.T) { // NEG-60
 			t.Errorf("%s in a script: exit %d, %q, %v %v", verb, got.code, got.stderr, f.banned, f.evicted)
 		}
 	}
-	if got := assay(t, vars, "agent", "ban", "--yes", nodeID, "nonsense"); got.code != 64 || len(f.banned) > 0 {
+	if got := assay(t, vars, "agent", "ban", "--yes", nodeID, "nonsense"); got.code != 65 || len(f.banned) > 0 {
 		t.Errorf("one ID is nonsense: exit %d, banned %v", got.code, f.banned)
 	}
 }

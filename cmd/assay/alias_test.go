@@ -120,7 +120,7 @@ func TestTokenCreateAsksForAnAlias(t *testing.T) {
 	}
 	f.agentID = nil
 	for _, bad := range []string{"host/1", "spiffe://example.org", "spiffe://example.org/a/../b"} {
-		if got := assay(t, vars, "token", "create", "--agent-id", bad); got.code != 64 || f.agentID != nil {
+		if got := assay(t, vars, "token", "create", "--agent-id", bad); got.code != 65 || f.agentID != nil {
 			t.Errorf("%s: exit %d, %q", bad, got.code, got.stderr)
 		}
 	}

@@ -39,7 +39,7 @@ func TestUpdateSendsWhatIsNamedAndNothingElse(t *testing.T) {
 	}
 	f.update = nil
 	for name, flags := range map[string][]string{
-		"nothing named": nil, "bad ID": {"--spiffe-id", "x"}, "no ID": {"--parent-id", ""},
+		"nothing named": nil, "no ID": {"--parent-id", ""},
 		"bad selector": {"--selector", "x"}, "past": {"--expires-at", "2020-01-01T00:00:00Z"}, "split second": {"--ttl", "1500ms"},
 	} {
 		got := assay(t, vars, append([]string{"entry", "update", "e-1"}, flags...)...)

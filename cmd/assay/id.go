@@ -12,13 +12,21 @@ import (
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
-// parseID reads a SPIFFE ID of the command line.
+// parseID reads a SPIFFE ID of the command line; the fault names the rule that
+// is broken.
 func parseID(flag, text string) (spiffeid.ID, error) {
-	id, err := name.ParseID(text)
-	if err != nil || id.Path() == "" {
-		return spiffeid.ID{}, usageError(flag + " must be a SPIFFE ID with a path, as in spiffe://example.org/web, got " + quote(text))
+	if text == "" {
+		return spiffeid.ID{}, usageError(flag + " is needed: a SPIFFE ID, such as spiffe://example.org/web")
 	}
-	return id, nil
+	rule := "the ID of a trust domain alone is nobody's"
+	id, err := name.ParseID(text)
+	switch {
+	case err != nil:
+		rule = fault.SafeText(err)
+	case id.Path() != "":
+		return id, nil
+	}
+	return spiffeid.ID{}, fault.New(fault.Invalid, "spiffe_id_invalid", flag+" "+quote(text)+": "+rule+"; give one as spiffe://example.org/web")
 }
 
 func idToProto(id spiffeid.ID) *types.SPIFFEID {

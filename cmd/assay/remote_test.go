@@ -262,10 +262,10 @@ func TestIdentityThatIsOfNoUse(t *testing.T) {
 		"leaf as bundle":      {[]string{"--identity", change("bundle.pem", certificatesPEM([]*x509.Certificate{leaf}), 0o600)}, "bundle_invalid"},
 		"no certificate":      {[]string{"--identity", change("svid.pem", []byte("x"), 0o600)}, "file_malformed"},
 		"another ID":          {[]string{"--identity", good, "--as", "spiffe://example.org/x"}, "identity_not_found"},
-		"bad ID":              {[]string{"--identity", good, "--as", "x"}, "usage"},
+		"bad ID":              {[]string{"--identity", good, "--as", "x"}, "spiffe_id_invalid"},
 		"bad URI":             {[]string{"--identity", "unix://host/x"}, "usage"},
 		"server elsewhere":    {[]string{"--identity", good, "--server-id", "spiffe://other.org/assay/server"}, "usage"},
-		"server without path": {[]string{"--identity", good, "--server-id", "spiffe://example.org"}, "usage"},
+		"server without path": {[]string{"--identity", good, "--server-id", "spiffe://example.org"}, "spiffe_id_invalid"},
 	} {
 		got := assay(t, nil, append([]string{"status", "--server", "127.0.0.1:1"}, c.args...)...)
 		if got.code == 0 || !strings.HasPrefix(got.stderr, "error: "+c.reason+": ") || strings.Count(got.stderr, "\n") != 1 {

@@ -41,8 +41,6 @@ func TestWrongUsageExits64AndReachesNobody(t *testing.T) {
 		"relative socket":             {"status", "--socket", "run/admin.sock"},
 		"entry without selector":      entry,
 		"entry with bad selector":     with("--selector", "unix"),
-		"entry with bad ID":           {"entry", "create", "--spiffe-id", "https://example.org/a", "--parent-id", "spiffe://example.org/b", "--selector", "a:b"},
-		"entry for a trust domain":    {"entry", "create", "--spiffe-id", "spiffe://example.org", "--parent-id", "spiffe://example.org/b", "--selector", "a:b"},
 		"entry without parent":        {"entry", "create", "--spiffe-id", "spiffe://example.org/a", "--selector", "a:b"},
 		"entry with fraction of TTL":  with("--selector", "a:b", "--ttl", "1500ms"),
 		"entry with negative TTL":     with("--selector", "a:b", "--ttl", "-1s"),
@@ -50,13 +48,11 @@ func TestWrongUsageExits64AndReachesNobody(t *testing.T) {
 		"entry expired already":       with("--selector", "a:b", "--expires-at", "2020-01-01T00:00:00Z"),
 		"entry expires in -1h":        with("--selector", "a:b", "--expires-at", "-1h"),
 		"entry expires sometime":      with("--selector", "a:b", "--expires-at", "tomorrow"),
-		"list with bad ID":            {"entry", "list", "--parent-id", "node1"},
 		"list with bad selector":      {"entry", "list", "--selector", ":x"},
 		"token without life":          {"token", "create", "--ttl", "0s"},
 		"token with negative life":    {"token", "create", "--ttl", "-5m"},
 		"bundle in DER":               {"bundle", "show", "--format", "der"},
 		"bundle in PEM and JSON":      {"bundle", "show", "--format", "pem", "-o", "json"},
-		"fetch with bad ID":           {"svid", "fetch", "--id", "web"},
 		"fetch in no time":            {"svid", "fetch", "--timeout", "0s"},
 		"fetch prints key as text":    {"svid", "fetch", "--with-key"},
 		"fetch from a path":           {"svid", "fetch", "--socket", "/run/api.sock"},
@@ -66,7 +62,6 @@ func TestWrongUsageExits64AndReachesNobody(t *testing.T) {
 		"watch runs for no time":      {"svid", "watch", "--exec", "true", "--exec-timeout", "0s"},
 		"verify nothing":              {"svid", "verify"},
 		"verify against nothing":      {"svid", "verify", "--svid", "x.pem"},
-		"verify for something else":   {"svid", "verify", "--svid", "x.pem", "--bundle", "y.pem", "--id", "x"},
 		"version of something":        {"version", "1"},
 		"version as flag of a verb":   {"status", "--version"},
 		"help for no command":         {"expel", "--help"},
@@ -92,6 +87,31 @@ func TestWrongUsageExits64AndReachesNobody(t *testing.T) {
 				t.Errorf("stdout %q", got.stdout)
 			}
 		})
+	}
+	if f.calls != 0 || agent.count() != 0 {
+		t.Errorf("%d calls to the server and %d to the agent", f.calls, agent.count())
+	}
+}
+
+// NEG-1: an ID that is none is bad data; the rule that it breaks is named, and
+// nobody is asked.
+func TestMalformedIDsExit65AndReachNobody(t *testing.T) {
+	f := populated(newPKI(t))
+	agent := &fakeAgent{}
+	vars := map[string]string{serverSocketEnv: f.start(t), endpointEnv: agent.start(t)}
+	for name, args := range map[string][]string{
+		"entry with bad ID":         {"entry", "create", "--spiffe-id", "https://example.org/a", "--parent-id", "spiffe://example.org/b", "--selector", "a:b"},
+		"entry for a trust domain":  {"entry", "create", "--spiffe-id", "spiffe://example.org", "--parent-id", "spiffe://example.org/b", "--selector", "a:b"},
+		"list with bad ID":          {"entry", "list", "--parent-id", "node1"},
+		"fetch with bad ID":         {"svid", "fetch", "--id", "web"},
+		"verify for something else": {"svid", "verify", "--svid", "x.pem", "--bundle", "y.pem", "--id", "x"},
+		"update with bad ID":        {"entry", "update", "e-1", "--spiffe-id", "x"},
+		"ban of bad ID":             {"agent", "ban", "--yes", "x"},
+	} {
+		got := assay(t, vars, args...)
+		if got.code != 65 || !strings.HasPrefix(got.stderr, "error: spiffe_id_invalid: ") || got.stdout != "" || strings.Count(got.stderr, "\n") != 1 {
+			t.Errorf("%s: exit %d, %q, %q", name, got.code, got.stdout, got.stderr)
+		}
 	}
 	if f.calls != 0 || agent.count() != 0 {
 		t.Errorf("%d calls to the server and %d to the agent", f.calls, agent.count())
