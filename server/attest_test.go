@@ -150,8 +150,9 @@ func TestLostAnswerIsRepeatedForTheSameKey(t *testing.T) {
 	wantReason(t, "after first use", err, fault.Denied, "join_token_invalid")
 }
 
-// NEG-3 and NEG-4 on the agents' own road: a CSR that asks for anything is
-// refused before the evidence is looked at, so the token survives it.
+// NEG-3, NEG-4, NEG-25 on the agents' own road: a CSR that asks for anything is
+// refused before the evidence is looked at, so the token survives it. So it
+// does a kind of attestation that nobody knows.
 func TestCSRWithNamesIsRefusedAndCostsNoToken(t *testing.T) {
 	h := start(t)
 	token := h.token()
@@ -177,7 +178,7 @@ func TestCSRWithNamesIsRefusedAndCostsNoToken(t *testing.T) {
 	}
 }
 
-func TestAttestationBeginsWithItsStart(t *testing.T) {
+func TestAttestationBeginsWithItsStart(t *testing.T) { // NEG-25
 	h := start(t)
 	stream, err := h.dial(nil).Attest(t.Context())
 	if err != nil {

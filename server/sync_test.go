@@ -142,7 +142,7 @@ func TestLongSnapshotComesInPieces(t *testing.T) {
 	}
 }
 
-func TestSyncNeedsHelloFirstAndOnce(t *testing.T) {
+func TestSyncNeedsHelloFirstAndOnce(t *testing.T) { // NEG-25
 	h := start(t)
 	a := h.newAgent()
 	stream, err := a.Sync(t.Context())
@@ -212,6 +212,8 @@ func TestBannedAgentIsCutOff(t *testing.T) {
 	t.Logf("the stream lived %v longer", time.Since(banned)) // looked at every recheckEvery
 	_, err = a.SignX509(t.Context(), &agentv1.SignX509Request{})
 	wantReason(t, "open connection", err, fault.Denied, "agent_banned")
+	_, err = h.dial(a.leaf).SignX509(t.Context(), &agentv1.SignX509Request{})
+	wantReason(t, "new connection", err, fault.Denied, "agent_banned")
 	h.restart()
 	_, err = h.dial(a.leaf).SignX509(t.Context(), &agentv1.SignX509Request{})
 	wantReason(t, "after a restart", err, fault.Denied, "agent_banned")

@@ -96,7 +96,7 @@ func TestNewEntryReachesAWaitingSubscriptionAtOnce(t *testing.T) {
 	})
 }
 
-func TestSubscriptionsAreToldOfTheirOwnChangesOnly(t *testing.T) {
+func TestSubscriptionsAreToldOfTheirOwnChangesOnly(t *testing.T) { // NEG-42
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		web := entry("1", "web", "unix:uid:1")
 		f.set(web, entry("2", "db", "unix:uid:2"))
@@ -199,6 +199,7 @@ func TestHintAndSelectorChangesNeedNoNewSignature(t *testing.T) {
 
 // The old identity is not served from the moment on at which the server says
 // that the entry has another one, although its successor is not signed yet.
+// NEG-42
 func TestWithdrawnIdentityIsNotServedWhileTheNewOneIsSigned(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		f.set(entry("1", "old", "unix:uid:1"), entry("2", "other", "unix:uid:1"), entry("3", "alone", "unix:uid:3"))

@@ -143,7 +143,7 @@ func TestCSRThatAsksForAnythingIsRefused(t *testing.T) {
 	}
 }
 
-// NEG-7
+// NEG-7: nothing of this costs memory or time, and nothing goes on afterwards.
 func TestMalformedCSRIsRefused(t *testing.T) {
 	key := newKey()
 	good := makeCSR(t, key, x509.CertificateRequest{})
@@ -157,22 +157,23 @@ func TestMalformedCSRIsRefused(t *testing.T) {
 	}
 	pemText := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: good})
 	for name, der := range map[string][]byte{
-		"nothing":             nil,
-		"a zero":              {0},
-		"cut":                 good[:len(good)-1],
-		"trailing byte":       append(bytes.Clone(good), 0),
-		"two of them":         append(bytes.Clone(good), good...),
-		"PEM":                 pemText,
-		"two PEM blocks":      append(bytes.Clone(pemText), pemText...),
-		"indefinite length":   append(append([]byte{0x30, 0x80}, good[4:]...), 0, 0),
-		"long form of length": append([]byte{0x30, 0x83, 0x00}, good[2:]...),
-		"version 1":           forge(t, key, []byte{0x02, 0x01, 0x01, 0x30, 0x00}, spki, bareTail),
-		"no attributes":       forge(t, key, bareHead, spki), // RFC 2986: not optional
-		"no key":              forge(t, key, bareHead, bareTail),
-		"an element too many": tlv(tagSequence, append(bytes.Clone(good[3:]), 0x05, 0x00)),
-		"in the info":         forge(t, key, bareHead, spki, bareTail, []byte{0x05, 0x00}),
-		"deep":                nested(4000),
-		"zeros":               make([]byte, maxCSR),
+		"nothing":              nil,
+		"a zero":               {0},
+		"cut":                  good[:len(good)-1],
+		"trailing byte":        append(bytes.Clone(good), 0),
+		"two of them":          append(bytes.Clone(good), good...),
+		"PEM":                  pemText,
+		"two PEM blocks":       append(bytes.Clone(pemText), pemText...),
+		"indefinite length":    append(append([]byte{0x30, 0x80}, good[4:]...), 0, 0),
+		"long form of length":  append([]byte{0x30, 0x83, 0x00}, good[2:]...),
+		"version 1":            forge(t, key, []byte{0x02, 0x01, 0x01, 0x30, 0x00}, spki, bareTail),
+		"no attributes":        forge(t, key, bareHead, spki), // RFC 2986: not optional
+		"no key":               forge(t, key, bareHead, bareTail),
+		"an element too many":  tlv(tagSequence, append(bytes.Clone(good[3:]), 0x05, 0x00)),
+		"in the info":          forge(t, key, bareHead, spki, bareTail, []byte{0x05, 0x00}),
+		"deep":                 nested(4000),
+		"half of a PEM, often": bytes.Repeat([]byte("-----BEGIN CERTIFICATE REQUEST-----\n"), maxCSR/37),
+		"zeros":                make([]byte, maxCSR),
 	} {
 		began := time.Now()
 		_, err := ParseCSR(der)
@@ -181,6 +182,19 @@ func TestMalformedCSRIsRefused(t *testing.T) {
 		}
 		if took := time.Since(began); took > time.Second {
 			t.Errorf("%s: took %v", name, took)
+		}
+	}
+	// What is deeper, or has more names, is longer than is looked at.
+	manyNames := make([]string, 10_000)
+	for i := range manyNames {
+		manyNames[i] = strings.Repeat("a", 1+i%5)
+	}
+	for name, der := range map[string][]byte{
+		"100 000 levels": bytes.Repeat([]byte{tagSequence, 0x82, 0xff, 0xff}, 100_000),
+		"10 000 names":   makeCSR(t, key, x509.CertificateRequest{DNSNames: manyNames}),
+	} {
+		if _, err := ParseCSR(der); fault.ReasonOf(err) != "csr_too_large" {
+			t.Errorf("%s: got %v", name, err)
 		}
 	}
 }

@@ -70,7 +70,8 @@ var reflections = []string{
 }
 
 // The matrix of status codes over raw gRPC on the real socket: CODE-1, 8, 9, 10,
-// D-8, D-13, D-16, PLAN-2, WL-4, 5, 6, 10, 11, 12, 14, 20, 28, 48, 50.
+// D-8, D-13, D-16, NEG-35, NEG-42, PLAN-2, WL-4, 5, 6, 10, 11, 12, 14, 20, 28, 48,
+// 50.
 func TestStatusCodes(t *testing.T) {
 	s := newSite(t, "")
 	s.StartServer()
