@@ -105,6 +105,22 @@ func TestNoSelectorOfARecordMakesAnAgentAnother(t *testing.T) {
 	wantView(t, s.Registry, other)
 }
 
+// Tools that have SPIRE's own IDs written down name its server.
+func TestAliasesUnderTheReservedPrefix(t *testing.T) {
+	for prefix, given := range map[string]bool{"/spire/": true, "/assay/": false} {
+		s := start(t, t.TempDir(), func(o *registry.Options) { o.ReservedPrefix = prefix })
+		agent := attested(t, s.Registry, id(prefix+"agent/x509pop/1"), "x509pop:role:web")
+		spires := alias("/group", "x509pop:role:web")
+		spires.ParentID = id("/spire/server")
+		made := create(t, s.Registry, spires, web("/a", id("/group")))
+		if given {
+			wantView(t, s.Registry, agent, made[1])
+		} else {
+			wantView(t, s.Registry, agent)
+		}
+	}
+}
+
 // An alias reaches the entries whose parent it is, and no further.
 func TestAnAliasIsOneStep(t *testing.T) {
 	s := start(t, t.TempDir())
