@@ -34,7 +34,7 @@ func (w *world) must(err error) {
 
 // A rotation, step by step, with a second server that only watches: what was
 // signed at any step verifies at both, at every later step until its root is
-// revoked.
+// revoked. // X509-34, BUN-4, FED-4
 func TestARootIsReplaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -256,7 +256,7 @@ func TestTwoOperatorsPrepareOneRoot(t *testing.T) {
 
 // Whatever is asked for in whatever order at two servers that also sign: one
 // root is active, at most two are published, and every certificate ends before
-// the mark of its class in the root's record.
+// the mark of its class in the root's record. // BUN-4, PLAN-5
 func TestAnyOrderOfMovesKeepsTheInvariants(t *testing.T) {
 	for seed := range uint64(8) {
 		synctest.Test(t, func(t *testing.T) {

@@ -40,6 +40,7 @@ func TestRotatesByItself(t *testing.T) {
 
 // G1: one agent that has not the new root keeps it from signing, is named, and
 // lets it go on once it answers. So does G2 with what it still holds.
+// FED-4, FED-6
 func TestWaitsForTheLastAgentAndNamesIt(t *testing.T) {
 	inBubble(t, func(t *testing.T, s *site) {
 		s.join("a", "b", "c")
@@ -98,7 +99,7 @@ func TestGoneAgentsAreNotWaitedFor(t *testing.T) {
 
 // Certificates that were handed out without an agent are waited out, at both
 // gates.
-func TestHandedOutCertificatesAreWaitedOut(t *testing.T) {
+func TestHandedOutCertificatesAreWaitedOut(t *testing.T) { // FED-6
 	w := rotation.World{Now: time.Unix(1000, 0)}
 	root := ca.Root{ID: "a", State: ca.Retired, HandedBefore: time.Unix(2000, 0), HandedUntil: time.Unix(3000, 0)}
 	if waits := w.Activate(root); len(waits) != 1 || !waits[0].Until.Equal(root.HandedBefore) {

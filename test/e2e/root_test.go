@@ -127,7 +127,7 @@ func ended(phase string) func(rootStatus) bool {
 
 // The root of a running fleet is replaced by one command, without one failed
 // handshake: with all agents there, and with one that sleeps for a while, which
-// is waited for and named.
+// is waited for and named. // BUN-23, CLIENT-15
 func TestARootIsReplacedUnderAFleet(t *testing.T) {
 	f := newFleet(t, 3)
 	f.site.CLI("root", "rotate", "--yes", "--detach", "--reason", "friday")
