@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/seed-caa81108/assay/pkg/durable"
@@ -92,6 +93,9 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	}); err != nil {
 		return nil, fmt.Errorf("open authority: %w", err)
 	}
+	if err := checkNodeRoots(r.nodeRoots, r.authority.Bundle()); err != nil {
+		return nil, err
+	}
 	if r.registry, err = registry.Open(ctx, registry.Options{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), RejoinWindow: *s.cfg.Attestation.RejoinWindow,
 		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
@@ -121,6 +125,18 @@ func loadNodeRoots(path string) ([]*x509.Certificate, error) {
 			"attestation.x509pop.ca_bundle_file: "+path+" can't be used: put PEM certificates of authorities into it, and nothing else")
 	}
 	return roots, nil
+}
+
+// checkNodeRoots refuses our own roots as authorities of nodes, which bundle
+// files invite to. The attestor refuses SVIDs of ours in any case.
+func checkNodeRoots(nodes []*x509.Certificate, own *ca.Bundle) error {
+	for _, root := range own.Roots {
+		if slices.ContainsFunc(nodes, root.Certificate.Equal) {
+			return fault.New(fault.Precondition, "config_x509pop",
+				"attestation.x509pop.ca_bundle_file holds a root of this trust domain, which certifies workloads: name an authority that gives certificates to nodes alone")
+		}
+	}
+	return nil
 }
 
 // bind opens both listeners; nothing is served on them yet.

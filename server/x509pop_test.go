@@ -362,6 +362,26 @@ func TestUnusableNodeAuthoritiesStopTheStart(t *testing.T) {
 	}
 }
 
+// The trust bundle of the domain is no list of authorities for nodes:
+// every workload would be one.
+func TestOwnRootIsNoNodeAuthority(t *testing.T) {
+	h := start(t)
+	h.stop()
+	path := filepath.Join(filepath.Dir(h.cfg.SealKeyFile), "nodes.pem")
+	root := h.rooms.authority.Bundle().Roots[0].Certificate
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.cfg.Attestation.X509Pop.CABundleFile = path
+	s, err := New(h.cfg, Deps{Log: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Run(t.Context()); fault.ReasonOf(err) != "config_x509pop" {
+		t.Errorf("started with its own root as an authority of nodes: %v", err)
+	}
+}
+
 // NEG-19: a key that is another agent's is certified for nobody else, by
 // renewal, token, certificate or old key; a token survives it.
 func TestKeyOfAnotherAgentIsRefused(t *testing.T) {

@@ -12,7 +12,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -114,6 +117,17 @@ func checkLeaf(c *x509.Certificate) error {
 		return because("leaf_is_authority", "the node's certificate is an authority's")
 	case c.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return because("leaf_usage", "the node's certificate is not for digitalSignature")
+	}
+	return nil
+}
+
+// checkNoSVID refuses X.509-SVIDs of our own trust domain. A bundle that holds
+// its root by mistake would make a node of every workload.
+func checkNoSVID(td spiffeid.TrustDomain, leaf *x509.Certificate) error {
+	for _, u := range leaf.URIs {
+		if strings.EqualFold(u.Scheme, "spiffe") && strings.EqualFold(u.Host, td.Name()) {
+			return because("leaf_is_svid", "the certificate is an X.509-SVID of this trust domain, which every workload has: take its root out of attestation.x509pop.ca_bundle_file")
+		}
 	}
 	return nil
 }

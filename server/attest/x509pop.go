@@ -70,6 +70,9 @@ func (x *X509Pop) Attest(ctx context.Context, e Evidence, ask func(context.Conte
 		return Result{}, popRefused(err)
 	}
 	leaf := chain[0]
+	if err := checkNoSVID(x.cfg.TrustDomain, leaf); err != nil {
+		return Result{}, popRefused(err)
+	}
 	selectors, err := popSelectors(x.cfg.TrustDomain, leaf, verified)
 	if err != nil {
 		return Result{}, popRefused(err)

@@ -157,6 +157,8 @@ func TestX509PopRefusesOtherChains(t *testing.T) {
 		"a URI with no key":           {[][]byte{with(func(c *x509.Certificate) { c.URIs = uris("x509pop://example.org/plain") }), issuing.cert.Raw}, "name_not_allowed"},
 		"a URI with an escape":        {[][]byte{with(func(c *x509.Certificate) { c.URIs = uris("x509pop://example.org/a:b%2e") }), issuing.cert.Raw}, "name_not_allowed"},
 		"a URI with a query":          {[][]byte{with(func(c *x509.Certificate) { c.URIs = uris("x509pop://example.org/a:b?c") }), issuing.cert.Raw}, "name_not_allowed"},
+		"an SVID of this domain":      {[][]byte{with(func(c *x509.Certificate) { c.URIs = uris("spiffe://example.org/web") }), issuing.cert.Raw}, "leaf_is_svid"},
+		"an SVID in capitals":         {[][]byte{with(func(c *x509.Certificate) { c.URIs = uris("SPIFFE://Example.org/web") }), issuing.cert.Raw}, "leaf_is_svid"},
 		"17 URIs":                     {[][]byte{with(func(c *x509.Certificate) { c.URIs = slices.Repeat(uris("x509pop://example.org/a:b"), 17) }), issuing.cert.Raw}, "name_not_allowed"},
 	}
 	told := map[string]bool{}
@@ -354,7 +356,7 @@ func TestX509PopSelectors(t *testing.T) {
 	issuing := root.below(t, "issuing")
 	key := ecKey(t, elliptic.P256())
 	c := template("node-7.example")
-	c.URIs = uris("x509pop://example.org/rack:b:7", "x509pop://other.org/rack:x", "https://example.org/a:b", "spiffe://example.org/x")
+	c.URIs = uris("x509pop://example.org/rack:b:7", "x509pop://other.org/rack:x", "https://example.org/a:b", "spiffe://other.org/x")
 	c.DNSNames = []string{"node-7.example"}
 	leaf := issuing.sign(t, c, key.Public())
 	// Other authorities in the payload or the bundle count for nothing.
