@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -165,9 +164,6 @@ func (w *aliasWorld) changeAgent() {
 func (w *aliasWorld) check() {
 	for i, f := range w.followers {
 		f.catchUp(w.T, w.Registry)
-		for w.endsNow() { // at this very moment, and whether it was told is a toss-up
-			f.catchUp(w.T, w.Registry)
-		}
 		want := byTheRules(w.Registry, f.agent)
 		for entry, e := range want {
 			if got, ok := f.view[entry]; !ok || got.Revision != e.Revision || got.ParentID != e.ParentID {
@@ -183,11 +179,6 @@ func (w *aliasWorld) check() {
 			f.disconnect()
 		}
 	}
-}
-
-func (w *aliasWorld) endsNow() bool {
-	list, _ := w.ListEntries(registry.EntryFilter{}, "", 0)
-	return slices.ContainsFunc(list, func(e registry.Entry) bool { return e.ExpiresAt.Equal(time.Now()) })
 }
 
 func (w *aliasWorld) someEntry() string {
