@@ -38,34 +38,41 @@ func newAgentCommand(t *tool) *cobra.Command {
 }
 
 func newAgentListCommand(t *tool) *cobra.Command {
+	var f agentFilter
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List agents",
-		Long: `List the agents on record, also those that are not connected.
+		Long: `List the agents on record that match all the given flags, also those that are
+not connected.
 
-  $ assay agent list
+  $ assay agent list --expires-before 3h
   $ assay agent list -o json | jq -r '.agents[] | select(.connected | not) | .id'`,
 		Args: noArgs,
-		RunE: t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
-			agents, err := listAgents(ctx, s)
-			if err != nil {
-				return err
-			}
-			state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
-			if err != nil {
-				return err
-			}
-			markConnected(state, agents)
-			return t.print(agentList{Agents: agents}, func(w io.Writer) error { return writeAgents(w, agents) })
-		}),
 	}
+	cmd.RunE = t.serverVerb(func(ctx context.Context, s *serverConn, _ []string) error {
+		filter, err := f.proto(cmd.Flags().Changed, time.Now())
+		if err != nil {
+			return err
+		}
+		agents, err := listAgents(ctx, s, filter)
+		if err != nil {
+			return err
+		}
+		state, err := ask(ctx, s, s.admin.Status, &adminv1.StatusRequest{})
+		if err != nil {
+			return err
+		}
+		markConnected(state, agents)
+		return t.print(agentList{Agents: agents}, func(w io.Writer) error { return writeAgents(w, agents) })
+	})
+	f.flags(cmd)
 	return t.serverFlags(cmd)
 }
 
-func listAgents(ctx context.Context, s *serverConn) ([]agentShape, error) {
+func listAgents(ctx context.Context, s *serverConn, filter *spireagent.ListAgentsRequest_Filter) ([]agentShape, error) {
 	agents := []agentShape{}
 	err := pages(func(token string) (string, error) {
-		resp, err := ask(ctx, s, s.agents.ListAgents, &spireagent.ListAgentsRequest{PageToken: token})
+		resp, err := ask(ctx, s, s.agents.ListAgents, &spireagent.ListAgentsRequest{Filter: filter, PageToken: token})
 		for _, a := range resp.GetAgents() {
 			agents = append(agents, agentFromProto(a))
 		}

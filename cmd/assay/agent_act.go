@@ -180,7 +180,7 @@ taken down. Banned agents stay, so that they stay banned.
 }
 
 func (t *tool) purgeAgents(ctx context.Context, s *serverConn, before time.Time, yes, dryRun bool) error {
-	all, err := listAgents(ctx, s)
+	all, err := listAgents(ctx, s, nil)
 	if err != nil {
 		return err
 	}

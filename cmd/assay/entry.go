@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 	spireentry "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -228,49 +227,6 @@ func badAnswer(missing string) error {
 	return fault.New(fault.Internal, "bad_answer", "the server's answer lacks "+missing+": tool and server may be of different versions")
 }
 
-// entryFilter holds the flags of `entry list` and `entry count`.
-type entryFilter struct {
-	spiffeID, parentID, hint string
-	selectors                []string
-	hintSet                  bool
-}
-
-func (f entryFilter) proto() (*spireentry.ListEntriesRequest_Filter, error) {
-	out := &spireentry.ListEntriesRequest_Filter{}
-	ids := []struct {
-		flag, text string
-		to         **types.SPIFFEID
-	}{{"--spiffe-id", f.spiffeID, &out.BySpiffeId}, {"--parent-id", f.parentID, &out.ByParentId}}
-	for _, want := range ids {
-		if want.text == "" {
-			continue
-		}
-		if err := readID(want.flag, want.text, want.to); err != nil {
-			return nil, err
-		}
-	}
-	if len(f.selectors) > 0 {
-		selectors, err := parseSelectors(f.selectors)
-		if err != nil {
-			return nil, err
-		}
-		out.BySelectors = &types.SelectorMatch{Selectors: selectors, Match: types.SelectorMatch_MATCH_SUPERSET}
-	}
-	if f.hintSet {
-		out.ByHint = wrapperspb.String(f.hint)
-	}
-	return out, nil
-}
-
-// flags adds the filter to a verb.
-func (f *entryFilter) flags(cmd *cobra.Command) {
-	fl := cmd.Flags()
-	fl.StringVar(&f.spiffeID, "spiffe-id", "", "only entries for this identity")
-	fl.StringVar(&f.parentID, "parent-id", "", "only entries of this agent or alias")
-	fl.StringArrayVar(&f.selectors, "selector", nil, "only entries with this type:value; repeat for several")
-	fl.StringVar(&f.hint, "hint", "", `only entries with this hint; "" for those without one`)
-}
-
 // entryList is what `entry list -o json` prints.
 type entryList struct {
 	Entries []entryShape `json:"entries"`
@@ -281,8 +237,7 @@ func newEntryListCommand(t *tool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List registration entries",
-		Long: `List the registration entries that match all the given flags; --selector
-matches entries that have all the named selectors and maybe more.
+		Long: `List the registration entries that match all the given flags.
 
   $ assay entry list --selector unix:uid:1000
   $ assay entry list -o json | jq -r '.entries[].spiffe_id'`,

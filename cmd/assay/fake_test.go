@@ -73,6 +73,7 @@ type fakeServer struct {
 	banned  []string
 	evicted []string
 	filter  *spireentry.ListEntriesRequest_Filter
+	nodes   *spireagent.ListAgentsRequest_Filter
 	ttl     int32
 	agentID *types.SPIFFEID
 	calls   int
@@ -285,6 +286,9 @@ func (f fakeAgents) ListAgents(_ context.Context, req *spireagent.ListAgentsRequ
 	if err := f.begin(); err != nil {
 		return nil, err
 	}
+	f.mu.Lock()
+	f.nodes = req.GetFilter()
+	f.mu.Unlock()
 	var matching []*types.Agent
 	for _, a := range f.agents {
 		as := &types.Entry{Selectors: a.GetSelectors()}

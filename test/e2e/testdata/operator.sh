@@ -72,6 +72,11 @@ run 0 agent list
 is '.agents | length' 2
 is '.agents[0].connected' true
 is '.agents[1].attestor' join_token
+run 0 agent list --attestor join_token --banned=false --can-reattest=false --expires-before 24h
+is '.agents | length' 2
+run 0 agent list --expires-before 0s
+is '.agents | length' 0
+run 64 agent list --match exact
 run 0 agent show "$agent"
 is .id "$agent"
 is .banned false
@@ -100,6 +105,12 @@ run 0 entry list --parent-id "$other" --selector unix:gid:7
 is '.entries | length' 3
 is '.entries[1].spiffe_id' spiffe://example.org/job/2
 is '.entries[1].selectors | length' 2
+run 0 entry list --selector unix:gid:7 --match exact
+is '.entries | length' 0
+run 0 entry list --selector unix:gid:7 --selector unix:uid:3 --match subset
+is '.entries[0].id' job-3
+run 0 entry list --selector unix:uid:1 --selector unix:uid:2 --match any
+is '.entries | length' 2
 run 0 entry list --spiffe-id spiffe://example.org/web --hint web
 is '.entries[0].id' "$id"
 run 0 entry count --parent-id "$other"
@@ -143,6 +154,9 @@ run 64 agent ban "$other" # nobody to ask, and no --yes
 run 0 agent show "$other"
 is .banned false
 run 0 agent ban --yes "$other"
+run 0 agent list --banned
+is '.agents | length' 1
+is '.agents[0].id' "$other"
 run 0 agent show "$other"
 is .banned true
 run 0 status
