@@ -24,6 +24,7 @@ type connLimits struct {
 	operators           *handover
 	counts              *connCounts
 	refused             func(limit string)
+	failed              func(error) // told of handshakes that failed
 }
 
 // ServerHandshake implements credentials.TransportCredentials.
@@ -37,6 +38,7 @@ func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	conn, info, err := l.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
 		l.counts.leave(host)
+		l.failed(err)
 		return nil, nil, err
 	}
 	peer, limit := l.known(info)

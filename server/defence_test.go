@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -289,5 +291,31 @@ func TestSecretsAreNowhere(t *testing.T) {
 				t.Errorf("%s holds a private key", place)
 			}
 		}
+	}
+}
+
+// NEG-27: a handshake that fails shows in a counter and nowhere else: neither
+// log nor audit log can be filled by somebody without a certificate.
+func TestFailedHandshakesAreCounted(t *testing.T) {
+	h := start(t)
+	stranger := newNodes(t).machine("stranger", time.Hour)
+	leaf := &tls.Certificate{Certificate: [][]byte{stranger.cert.Raw}, PrivateKey: stranger.key}
+	lines := len(h.audit())
+	if _, err := h.dial(leaf).Bundle(t.Context(), &agentv1.BundleRequest{}); err == nil {
+		t.Fatal("a stranger's certificate was taken")
+	}
+	conn, err := net.Dial("tcp", h.server.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := conn.Write([]byte("GET / HTTP/1.1\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	for _, reason := range []string{"svid_invalid", "tls"} {
+		eventually(t, reason, 10*time.Second, func() bool { return h.counted(t, "assay_rpc_handshakes_failed_total", reason) > 0 })
+	}
+	if got := len(h.audit()); got != lines {
+		t.Errorf("%d lines more in the audit log", got-lines)
 	}
 }

@@ -389,3 +389,33 @@ func (b *syncBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
+
+// denials is how often the agents' listener refused for that reason.
+func (h *harness) denials(t *testing.T, reason string) float64 {
+	t.Helper()
+	return h.counted(t, "assay_rpc_denials_total", reason)
+}
+
+// counted is a counter of the agents' listener, by reason.
+func (h *harness) counted(t *testing.T, counter, reason string) (n float64) {
+	t.Helper()
+	families, err := h.reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != counter {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			labels := map[string]string{}
+			for _, l := range m.GetLabel() {
+				labels[l.GetName()] = l.GetValue()
+			}
+			if labels["server"] == "agents" && labels["reason"] == reason {
+				n += m.GetCounter().GetValue()
+			}
+		}
+	}
+	return n
+}

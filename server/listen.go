@@ -127,6 +127,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 			operators:            door,
 			counts:               newConnCounts(s.cfg.Limits.AgentConnections, s.cfg.Limits.AnonymousConnections),
 			refused:              func(limit string) { s.metrics.rpc.LimitReached("agents", limit) },
+			failed:               func(err error) { s.metrics.rpc.HandshakeFailed("agents", err) },
 		},
 		MaxRecvBytes: maxAgentMessage, MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc,
 		RefusalsPerSecond: refusalLines,

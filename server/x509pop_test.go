@@ -270,30 +270,6 @@ func TestSecondMachineWithTheSameCertificateTakesOver(t *testing.T) {
 	h.proven(m)
 }
 
-// denials is how often the agents' listener refused for that reason.
-func (h *harness) denials(t *testing.T, reason string) (n float64) {
-	t.Helper()
-	families, err := h.reg.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range families {
-		if f.GetName() != "assay_rpc_denials_total" {
-			continue
-		}
-		for _, m := range f.GetMetric() {
-			labels := map[string]string{}
-			for _, l := range m.GetLabel() {
-				labels[l.GetName()] = l.GetValue()
-			}
-			if labels["server"] == "agents" && labels["reason"] == reason {
-				n += m.GetCounter().GetValue()
-			}
-		}
-	}
-	return n
-}
-
 // The node is told one thing; the log and the audit log have the reason.
 func TestRefusedCertificateIsExplainedToOperatorsAlone(t *testing.T) {
 	n, others := newNodes(t), newNodes(t)

@@ -1,7 +1,9 @@
 package rpc
 
 import (
+	"bytes"
 	"context"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -44,6 +46,9 @@ func verifyClient(chain []*x509.Certificate, roots Roots) (Caller, error) {
 	if len(chain) == 0 {
 		return Caller{State: CertNone}, nil
 	}
+	if err := checkCost(chain); err != nil {
+		return Caller{}, err
+	}
 	td, pool := roots()
 	id, err := VerifyPeer(chain, pool, td, time.Now())
 	state := CertValid
@@ -54,6 +59,33 @@ func verifyClient(chain []*x509.Certificate, roots Roots) (Caller, error) {
 		state = CertExpired
 	}
 	return Caller{ID: id, Serial: chain[0].SerialNumber.Text(16), NotAfter: lastMoment(chain), State: state}, nil
+}
+
+// maxClientRSA is in bits. The authorities of our own trust domain certify no
+// larger keys.
+const maxClientRSA = 4096
+
+// checkCost bounds what it costs a server to verify a stranger's chain: its
+// length, the size of its keys, and one possible issuer for each certificate,
+// so that there is one signature each to verify.
+func checkCost(chain []*x509.Certificate) error {
+	if len(chain) > maxChain {
+		return invalidSVID("the chain is too long", nil)
+	}
+	for i, c := range chain {
+		if key, ok := c.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() > maxClientRSA {
+			return invalidSVID("the chain has an RSA key of more than 4096 bits", nil)
+		}
+		if i > 0 && !bytes.Equal(chain[i-1].RawIssuer, c.RawSubject) {
+			return invalidSVID("a certificate of the chain is not followed by its issuer", nil)
+		}
+		for _, before := range chain[1:max(i, 1)] {
+			if bytes.Equal(before.RawSubject, c.RawSubject) {
+				return invalidSVID("two issuers of the chain have the same name", nil)
+			}
+		}
+	}
+	return nil
 }
 
 // ClientTLS returns transport credentials that accept only a server whose

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"slices"
 	"time"
@@ -15,7 +16,10 @@ import (
 // maxChain bounds what a peer may make us verify.
 const maxChain = 4
 
-var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
+var (
+	oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
+	oidExtKeyUsage    = asn1.ObjectIdentifier{2, 5, 29, 37}
+)
 
 // VerifyPeer validates chain (leaf first) as an X.509-SVID of trust domain td
 // against roots at the moment now, and returns its SPIFFE ID (X509-SVID
@@ -50,9 +54,10 @@ func VerifyPeer(chain []*x509.Certificate, roots *x509.CertPool, td spiffeid.Tru
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}
 	if _, err := leaf.Verify(opts); err != nil {
-		opts.CurrentTime = lastMoment(chain)
-		if _, again := leaf.Verify(opts); again == nil && now.After(opts.CurrentTime) {
-			return id, fault.Wrap(fault.Unauthenticated, err, "svid_expired", "the certificate has expired")
+		if opts.CurrentTime = lastMoment(chain); now.After(opts.CurrentTime) {
+			if _, again := leaf.Verify(opts); again == nil {
+				return id, fault.Wrap(fault.Unauthenticated, err, "svid_expired", "the certificate has expired")
+			}
 		}
 		return spiffeid.ID{}, invalidSVID("the certificate does not chain to a root of its trust domain", err)
 	}
@@ -80,7 +85,7 @@ func LeafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 		return spiffeid.ID{}, invalidSVID("a leaf may not have keyCertSign or cRLSign", nil)
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return spiffeid.ID{}, invalidSVID("a leaf needs digitalSignature", nil)
-	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 && !bothPurposes(leaf.ExtKeyUsage):
+	case hasExtKeyUsage(leaf) && !bothPurposes(leaf.ExtKeyUsage):
 		return spiffeid.ID{}, invalidSVID("extended key usage must hold serverAuth and clientAuth", nil)
 	}
 	uri, err := onlyURI(leaf)
@@ -95,6 +100,13 @@ func LeafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 		return spiffeid.ID{}, invalidSVID("a leaf's SPIFFE ID needs a path", nil)
 	}
 	return id, nil
+}
+
+// hasExtKeyUsage looks for the extension: crypto/x509 takes one without any
+// usage for none.
+func hasExtKeyUsage(leaf *x509.Certificate) bool {
+	return len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 ||
+		slices.ContainsFunc(leaf.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(oidExtKeyUsage) })
 }
 
 func bothPurposes(usages []x509.ExtKeyUsage) bool {
