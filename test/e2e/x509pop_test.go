@@ -183,6 +183,12 @@ func TestNodeWithAnExpiredCertificate(t *testing.T) {
 		}
 	}
 	late.WaitReady(late.Ops)
+	// Entries may hang on what its certificate says, whichever that is.
+	s.CLI("entry", "create", "--parent-id", "spiffe://example.org/assay/server", "--spiffe-id", "spiffe://example.org/host/node-1", "--selector", "x509pop:subject:cn:node-1")
+	s.CreateEntry("spiffe://example.org/host/node-1", "spiffe://example.org/w")
+	if _, err := fetch(t, late, 30*time.Second); err != nil {
+		t.Error(err)
+	}
 }
 
 // expired makes a certificate that ended a minute ago, and its key.
