@@ -3,6 +3,7 @@ package registry
 import (
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -50,6 +51,8 @@ type mirror struct {
 	expired  sorted // entries past their end and still stored
 	log      changeLog
 	waiters  []waiter
+	// turnover counts the entries that came, left or changed.
+	turnover atomic.Uint64
 	// sooner is signalled when the soonest expiry may have changed.
 	sooner chan struct{}
 }
@@ -111,6 +114,7 @@ func (m *mirror) fill(d delta, floor int64, now time.Time) {
 	for _, it := range d.entries {
 		m.attach(it, now)
 	}
+	m.turnover.Add(uint64(len(d.entries)))
 	for _, a := range d.agents {
 		m.putAgent(a, nil)
 	}
@@ -160,6 +164,7 @@ func (m *mirror) apply(d delta, now time.Time) {
 
 // replace puts next in the place of old; either may be nil, not both.
 func (m *mirror) replace(old, next *item, c change, now time.Time) {
+	m.turnover.Add(1)
 	if old != nil {
 		m.detach(old)
 	}

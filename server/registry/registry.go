@@ -147,14 +147,16 @@ func (r *Registry) openEpoch(ctx context.Context) error {
 }
 
 // Run keeps the mirror up to date, takes expired entries out of the views and
-// removes expired tokens and long expired entries from the store. It returns
-// when ctx ends, or with an error when the store can't be followed any more.
+// removes expired tokens and long expired entries from the store; memory that a
+// burst of changes needed goes back to the system. It returns when ctx ends, or
+// with an error when the store can't be followed any more.
 func (r *Registry) Run(ctx context.Context) error {
 	defer close(r.stopped)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return r.follow(ctx) })
 	g.Go(func() error { return r.expireInTime(ctx) })
 	g.Go(func() error { return r.pruneInTime(ctx) })
+	g.Go(func() error { return r.trimInTime(ctx) })
 	return g.Wait()
 }
 

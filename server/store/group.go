@@ -15,7 +15,7 @@ import (
 // groups have to fit into the history, else a watcher would lose its place.
 const (
 	maxGroup      = 128
-	maxGroupBytes = 2 << 20
+	maxGroupBytes = 1 << 20
 )
 
 // pending is one call of Commit on its way through a transaction.
