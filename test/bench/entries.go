@@ -52,16 +52,17 @@ func (b *bench) entries(*harness.Site) {
 // settledRSS waits until a server has given back what a burst needed, for at most
 // 15 s.
 func (b *bench) settledRSS(pid int) int64 {
-	least := rss(pid)
+	first := rss(pid)
+	last := first
 	for range 30 {
 		time.Sleep(500 * time.Millisecond)
 		now := rss(pid)
-		if now < least*9/10 {
+		if now < first*9/10 && now > last*99/100 {
 			return now
 		}
-		least = min(least, now)
+		last = now
 	}
-	return least
+	return last
 }
 
 // fill creates n entries such as Kubernetes workloads have.
