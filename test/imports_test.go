@@ -28,7 +28,7 @@ var rooms = map[string][]string{
 		"server/attest", "server/audit", "server/ca", "server/registry", "server/rotation",
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
-	"server/rotation": {"server/audit", "server/ca", "server/registry", "pkg/fault", "pkg/schedule"},
+	"server/rotation": {"server/audit", "server/ca", "server/registry", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
 	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/name", "pkg/selector"},
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},

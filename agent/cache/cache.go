@@ -240,7 +240,10 @@ func (c *Cache) shortestLife() time.Duration {
 // a retired one each at a moment of its own in a twelfth of its life: a fleet
 // that learns of it in the same second must not ask in the same second.
 func (c *Cache) setBundle(b *state.Bundle) {
-	c.bundle, c.bundleDER, c.verifier = b, b.DER(), newVerifier(b)
+	c.bundle, c.verifier = b, newVerifier(b)
+	if !acksUnsent || c.bundleDER == nil {
+		c.bundleDER = b.DER()
+	}
 	c.lagging = 0
 	for s := range c.subscriptions {
 		if s.sent != nil && s.sent.BundleSequence < b.Sequence {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
@@ -185,6 +186,7 @@ func (r *Rotator) decided(ctx context.Context, by Request, action string, op *ca
 	if err != nil {
 		return Status{}, r.refused(ctx, by, action, err)
 	}
+	failpoint.Hit(strings.ReplaceAll(action, ".", "_"))
 	r.note(op)
 	select {
 	case r.poke <- struct{}{}:

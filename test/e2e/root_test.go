@@ -33,7 +33,12 @@ type fleet struct {
 
 func newFleet(t *testing.T, n int) *fleet {
 	t.Helper()
-	f := &fleet{t: t, site: newSite(t, minuteTTL)}
+	return newFleetAt(t, newSite(t, minuteTTL), n)
+}
+
+func newFleetAt(t *testing.T, s *harness.Site, n int) *fleet {
+	t.Helper()
+	f := &fleet{t: t, site: s}
 	f.site.StartServer()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -50,7 +55,7 @@ func newFleet(t *testing.T, n int) *fleet {
 		f.agents, sources[i] = append(f.agents, a), source
 	}
 	for i := range n {
-		f.pairs = append(f.pairs, startHandshakesBetween(t, sources[i], sources[(i+1)%n]))
+		f.pairs = append(f.pairs, startHandshakesBetween(t, sources[i], sources[(i+1)%n], time.Duration(n)*3*time.Millisecond))
 	}
 	return f
 }

@@ -99,11 +99,12 @@ type handshakes struct {
 
 func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 	t.Helper()
-	return startHandshakesBetween(t, source, source)
+	return startHandshakesBetween(t, source, source, 5*time.Millisecond)
 }
 
-// startHandshakesBetween is startHandshakes for two workloads.
-func startHandshakesBetween(t *testing.T, server, client *workloadapi.X509Source) *handshakes {
+// startHandshakesBetween is startHandshakes for two workloads, with a pause
+// between one and the next.
+func startHandshakesBetween(t *testing.T, server, client *workloadapi.X509Source, pause time.Duration) *handshakes {
 	t.Helper()
 	member := tlsconfig.AuthorizeMemberOf(spiffeid.RequireTrustDomainFromString("example.org"))
 	lis, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(server, server, member))
@@ -138,7 +139,7 @@ func startHandshakesBetween(t *testing.T, server, client *workloadapi.X509Source
 			}
 			select {
 			case <-ctx.Done():
-			case <-time.After(5 * time.Millisecond):
+			case <-time.After(pause):
 			}
 		}
 	})

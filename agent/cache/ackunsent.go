@@ -1,0 +1,5 @@
+//go:build ackunsent
+
+package cache
+
+const acksUnsent = true
