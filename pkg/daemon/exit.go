@@ -42,8 +42,16 @@ var exitByReason = map[string]int{
 	"disk_full":            exitCantCreate,
 	"path_untrusted":       exitNotAllowed,
 	"selector_too_weak":    exitConfig,
-	"config_*":             exitConfig,
-	"seal_key_*":           exitConfig,
+	// A root that is not where the step could be made, or not yet.
+	"would_break_live_svids": exitTemporary,
+	"not_acknowledged":       exitTemporary,
+	"rotation_in_progress":   exitTemporary,
+	"abort_too_late":         exitTemporary,
+	"authority_state":        exitTemporary,
+	"no_rotation":            exitTemporary,
+	"no_gate":                exitTemporary,
+	"config_*":               exitConfig,
+	"seal_key_*":             exitConfig,
 }
 
 var exitByKind = map[fault.Kind]int{
