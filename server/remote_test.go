@@ -130,8 +130,10 @@ func TestRemoteOperatorIsRefusedWhatIsLocal(t *testing.T) {
 		t.Errorf("the agent is %v, %v", got, err)
 	}
 	eventually(t, "an audit line of the refusals", 10*time.Second, func() bool {
-		line := h.audited("call.refuse")
-		return sub(line, "actor", "kind") == "operator" && sub(line, "actor", "spiffe_id") == opsID && sub(line, "result", "reason") == "local_only"
+		return slices.ContainsFunc(h.audit(), func(line map[string]any) bool {
+			return line["action"] == "call.refuse" && sub(line, "actor", "kind") == "operator" && sub(line, "actor", "spiffe_id") == opsID &&
+				sub(line, "result", "reason") == "local_only"
+		})
 	})
 }
 
