@@ -9,7 +9,7 @@
 set -euo pipefail
 
 agent=$1 other=$2
-unset ASSAY_SERVER # a server over the network would be another one
+unset ASSAY_SERVER # one over the network would be another server
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 out=$work/out err=$work/err
@@ -82,7 +82,8 @@ is .id "$agent"
 is .banned false
 run 69 agent show spiffe://example.org/assay/agent/join_token/none
 because agent_unknown
-run 64 agent show none
+run 65 agent show none
+because spiffe_id_invalid
 
 echo "- identities"
 web=(--parent-id "$agent" --selector "unix:uid:$(id -u)" --spiffe-id spiffe://example.org/web)
