@@ -148,8 +148,10 @@ func TestWhatIsTooMuchForOneCallIsRefused(t *testing.T) {
 	if status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("4 MiB of an agent: %v", err)
 	}
-	if n := h.metric("assay_limit_refusals_total", "admin", "limit_batch"); n != 3 {
-		t.Errorf("%v refusals in the metrics", n)
+	for reason, n := range map[string]float64{"limit_batch": 3, "message_too_large": 1} {
+		if got := h.metric("assay_limit_refusals_total", "admin", reason); got != n {
+			t.Errorf("%v refusals with %s in the metrics", got, reason)
+		}
 	}
 
 	remote := h.remote(h.workload(a, "/ops/ci"))

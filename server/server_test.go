@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -400,6 +401,17 @@ func (h *harness) wantNowhere(t *testing.T, secret string) {
 // A write to the store that may or may not have been kept ends the server with
 // the reason that becomes exit code 74 (NEG-53).
 func TestServerEndsWhenAWriteMayBeLost(t *testing.T) {
+	// In a process of its own: the limit below is one of the whole process, and
+	// package testing writes files as well.
+	const alone = "ASSAY_TEST_ALONE"
+	if os.Getenv(alone) == "" {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), alone+"=1")
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("PASS")) {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
 	h := start(t)
 	o := h.operator()
 	o.create(t, entry(node, "/a"))

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -63,6 +64,30 @@ func TestHalfRequestsCountAsStreams(t *testing.T) { // NEG-43
 	recv(t, fetch(t, e.client(), withHeader(t)))
 	if n := e.value("assay_workload_denials_total", "load_shed"); n != 2 {
 		t.Fatalf("%v denials", n)
+	}
+}
+
+// NEG-43: nor does it take it for ever. A caller that is held has sent its request.
+func TestHalfRequestsEnd(t *testing.T) {
+	e := serve(t, &source{err: errNoIdentity}, withTiming(func(w *timing) { w.hold = 2 * time.Second }),
+		func(c *Config, _ *timing) { c.MessageTimeout = 200 * time.Millisecond })
+	half, err := e.conn().NewStream(withHeader(t), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, fetchSVID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	if err := half.RecvMsg(new(workload.X509SVIDResponse)); status.Code(err) != codes.Canceled {
+		t.Errorf("half a call: %v", err)
+	}
+	until(t, "given back", func() bool { return e.server.gate.count(streams) == 0 })
+	if time.Since(began) < 200*time.Millisecond {
+		t.Error("not given the time")
+	}
+	began = time.Now()
+	_, err = fetch(t, e.client(), withHeader(t)).Recv()
+	wantStatus(t, err, codes.PermissionDenied, "no_identity")
+	if held := time.Since(began); held < 2*time.Second {
+		t.Errorf("held for %v only", held)
 	}
 }
 

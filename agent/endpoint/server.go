@@ -1,6 +1,7 @@
 package endpoint
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,11 +50,14 @@ var _ Subscription = (*cache.Subscription)(nil)
 type Config struct {
 	Attestor *attest.Attestor
 	// Subscribe follows the state for a caller's selectors.
-	Subscribe  func(selector.Set) Subscription
-	Limits     Limits
-	Log        *slog.Logger
-	Calls      *rpc.Metrics
-	Registerer prometheus.Registerer
+	Subscribe func(selector.Set) Subscription
+	Limits    Limits
+	// MessageTimeout is how long a caller may take from the headers of a call to
+	// its message; default 10 s. How long it is held after that is not bound by it.
+	MessageTimeout time.Duration
+	Log            *slog.Logger
+	Calls          *rpc.Metrics
+	Registerer     prometheus.Registerer
 }
 
 // timing has the waits of the protocol; tests shorten them.
@@ -102,6 +106,7 @@ func New(cfg Config) (*Server, error) {
 	s.grpc = rpc.NewServer(rpc.ServerConfig{
 		Name: "api", Methods: Methods(), Creds: handshake{cfg.Attestor.Credentials(), s},
 		HeaderKey: headerKey, HeaderValue: headerValue,
+		MessageTimeout: cmp.Or(cfg.MessageTimeout, 10*time.Second),
 		// Above the limit per user, so that what is too much is refused: gRPC's
 		// own limit makes clients wait in silence.
 		MaxStreams: uint32(limits.StreamsPerUID) + 100,

@@ -51,6 +51,11 @@ type Caller struct {
 type call struct {
 	caller Caller
 	id     string
+	method string
+
+	cancel  context.CancelCauseFunc // ends the call
+	late    *time.Timer             // until its first message comes
+	handled bool                    // an interceptor had it
 }
 
 type callKey struct{}

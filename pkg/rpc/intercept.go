@@ -33,6 +33,7 @@ func (g *guard) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInf
 
 func callOf(ctx context.Context) (context.Context, *call) {
 	if c, ok := ctx.Value(callKey{}).(*call); ok {
+		c.handled = true
 		return ctx, c
 	}
 	return withCall(ctx)
@@ -45,7 +46,7 @@ func (g *guard) finish(ctx context.Context, c *call, method string, err error, p
 		err = fault.Wrap(fault.Internal, fmt.Errorf("panic: %v\n%s", panicked, debug.Stack()), "internal",
 			"internal error; the log of this process has the cause")
 	}
-	err = g.settle(err)
+	err = g.settle(ctx, err)
 	g.done(ctx, c, method, err)
 	if err == nil {
 		return nil
@@ -56,7 +57,10 @@ func (g *guard) finish(ctx context.Context, c *call, method string, err error, p
 // settle makes a fault of err. Errors of contexts and of the stream itself
 // mean that the peer or this process is going away: Unavailable, never
 // Canceled (WL-24).
-func (g *guard) settle(err error) error {
+func (g *guard) settle(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), errNoMessage) {
+		return errNoMessage
+	}
 	if err == nil {
 		return nil
 	}

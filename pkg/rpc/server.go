@@ -64,6 +64,9 @@ type ServerConfig struct {
 	HeaderKey, HeaderValue string
 	// MaxRecvBytes bounds a message; default 64 KiB.
 	MaxRecvBytes int
+	// MessageTimeout is how long a caller may take from the headers of a call to
+	// its first message; default 15 s.
+	MessageTimeout time.Duration
 	// MaxStreams bounds concurrent RPCs of a connection; default 100.
 	MaxStreams uint32
 	// Unlisted, if set, is told of calls of methods that are not in the table.
@@ -84,6 +87,8 @@ const (
 	defaultMaxStreams   = 100
 	maxHeaderBytes      = 16 << 10
 	handshakeTimeout    = 10 * time.Second
+	// Handlers that wait for a message by themselves do so for ten seconds.
+	defaultMessageTimeout = 15 * time.Second
 )
 
 // NewServer returns a server that enforces cfg.Methods in its tap handle and
@@ -96,12 +101,16 @@ func NewServer(cfg ServerConfig) *grpc.Server {
 	if cfg.MaxStreams == 0 {
 		cfg.MaxStreams = defaultMaxStreams
 	}
+	if cfg.MessageTimeout == 0 {
+		cfg.MessageTimeout = defaultMessageTimeout
+	}
 	g := newGuard(cfg)
 	opts := []grpc.ServerOption{
 		grpc.Creds(cfg.Creds),
 		grpc.InTapHandle(g.tap),
 		grpc.UnaryInterceptor(g.unary),
 		grpc.StreamInterceptor(g.stream),
+		grpc.StatsHandler(arrival{g}),
 		grpc.MaxRecvMsgSize(cfg.MaxRecvBytes),
 		grpc.MaxConcurrentStreams(cfg.MaxStreams),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
@@ -131,6 +140,8 @@ func (g *guard) tap(ctx context.Context, info *tap.Info) (context.Context, error
 	ctx, c := withCall(ctx)
 	err := g.judge(c.caller, info)
 	if err == nil {
+		c.method = info.FullMethodName
+		ctx, c.cancel = context.WithCancelCause(ctx)
 		return ctx, nil
 	}
 	method := info.FullMethodName
