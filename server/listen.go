@@ -59,7 +59,8 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	})
 	agentService := s.agentService(r)
 	door := newHandover(r.port.Addr())
-	servers, err := s.grpcServers(r, own, agentService, door)
+	watch := newRootWatch(r.authority.Bundle, s.deps.Log)
+	servers, err := s.grpcServers(r, own, agentService, door, watch)
 	if err != nil {
 		return err
 	}
@@ -68,6 +69,7 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	g.Go(func() error { return served(gctx, servers.remote.Serve(door)) })
 	g.Go(func() error { return s.serveAdmin(gctx, servers.admin, r.socket) })
 	g.Go(func() error { return own.keepFresh(gctx) })
+	g.Go(func() error { return watch.run(gctx) })
 	g.Go(func() error { return r.rotator.Run(gctx) })
 	g.Go(func() error {
 		<-gctx.Done()
@@ -108,7 +110,7 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 type servers struct{ agents, remote, admin *grpc.Server }
 
 // grpcServers builds them; every method that they have is in a table.
-func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService, door *handover) (servers, error) {
+func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService, door *handover, watch *rootWatch) (servers, error) {
 	gid, err := s.cfg.Admin.gid()
 	if err != nil {
 		return servers{}, err
@@ -121,7 +123,7 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 	agents := rpc.NewServer(rpc.ServerConfig{
 		Name: "agents", Methods: methods,
 		Creds: &connLimits{
-			TransportCredentials: rpc.ServerTLS(own.certificate, freshRoots(td, r.authority)),
+			TransportCredentials: watch.credentials(rpc.ServerTLS(own.certificate, freshRoots(td, r.authority))),
 			isAgent:              api.AgentRule(s.cfg.prefix(), r.registry),
 			isOperator:           api.RemoteOperatorRule(s.cfg.Admin.remoteIDs()),
 			operators:            door,

@@ -61,7 +61,7 @@ func TestEveryMethodHasARule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	servers, err := h.server.grpcServers(h.rooms, own, h.server.agentService(h.rooms), newHandover(nil))
+	servers, err := h.server.grpcServers(h.rooms, own, h.server.agentService(h.rooms), newHandover(nil), newRootWatch(nil, nil))
 	if err != nil {
 		t.Fatal(err)
 	}

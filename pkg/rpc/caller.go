@@ -37,6 +37,9 @@ type Caller struct {
 	Serial   string
 	NotAfter time.Time
 	State    CertState
+	// Authority is the root that the certificate chains to: the lower-case hex
+	// of its subject key id.
+	Authority string
 	// Operator says that the listener took the certificate for a remote
 	// operator's. It is a word for logs: rules look at ID.
 	Operator bool

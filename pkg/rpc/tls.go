@@ -6,6 +6,7 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"net"
 	"time"
@@ -50,7 +51,7 @@ func verifyClient(chain []*x509.Certificate, roots Roots) (Caller, error) {
 		return Caller{}, err
 	}
 	td, pool := roots()
-	id, err := VerifyPeer(chain, pool, td, time.Now())
+	id, root, err := verifyPeer(chain, pool, td, time.Now())
 	state := CertValid
 	if err != nil {
 		if fault.ReasonOf(err) != "svid_expired" {
@@ -58,7 +59,10 @@ func verifyClient(chain []*x509.Certificate, roots Roots) (Caller, error) {
 		}
 		state = CertExpired
 	}
-	return Caller{ID: id, Serial: chain[0].SerialNumber.Text(16), NotAfter: lastMoment(chain), State: state}, nil
+	return Caller{
+		ID: id, Serial: chain[0].SerialNumber.Text(16), NotAfter: lastMoment(chain), State: state,
+		Authority: hex.EncodeToString(root.SubjectKeyId),
+	}, nil
 }
 
 // maxClientRSA is in bits. The authorities of our own trust domain certify no

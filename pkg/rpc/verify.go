@@ -28,24 +28,30 @@ var (
 // digitalSignature. The error is Unauthenticated with reason svid_invalid or,
 // when only time is wrong, svid_expired.
 func VerifyPeer(chain []*x509.Certificate, roots *x509.CertPool, td spiffeid.TrustDomain, now time.Time) (spiffeid.ID, error) {
+	id, _, err := verifyPeer(chain, roots, td, now)
+	return id, err
+}
+
+// verifyPeer is VerifyPeer that also says at which root the chain ends.
+func verifyPeer(chain []*x509.Certificate, roots *x509.CertPool, td spiffeid.TrustDomain, now time.Time) (spiffeid.ID, *x509.Certificate, error) {
 	if len(chain) == 0 {
-		return spiffeid.ID{}, invalidSVID("no certificate", nil)
+		return spiffeid.ID{}, nil, invalidSVID("no certificate", nil)
 	}
 	if len(chain) > maxChain {
-		return spiffeid.ID{}, invalidSVID("the chain is too long", nil)
+		return spiffeid.ID{}, nil, invalidSVID("the chain is too long", nil)
 	}
 	leaf := chain[0]
 	id, err := LeafID(leaf)
 	if err != nil {
-		return spiffeid.ID{}, err
+		return spiffeid.ID{}, nil, err
 	}
 	if id.TrustDomain() != td {
-		return spiffeid.ID{}, invalidSVID("the certificate is of another trust domain", nil)
+		return spiffeid.ID{}, nil, invalidSVID("the certificate is of another trust domain", nil)
 	}
 	intermediates := x509.NewCertPool()
 	for _, c := range chain[1:] {
 		if !c.IsCA || c.KeyUsage&x509.KeyUsageCertSign == 0 {
-			return spiffeid.ID{}, invalidSVID("the chain holds a certificate that can't sign", nil)
+			return spiffeid.ID{}, nil, invalidSVID("the chain holds a certificate that can't sign", nil)
 		}
 		intermediates.AddCert(c)
 	}
@@ -53,16 +59,19 @@ func VerifyPeer(chain []*x509.Certificate, roots *x509.CertPool, td spiffeid.Tru
 		Roots: roots, Intermediates: intermediates, CurrentTime: now,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}
-	if _, err := leaf.Verify(opts); err != nil {
+	paths, err := leaf.Verify(opts)
+	if err != nil {
 		if opts.CurrentTime = lastMoment(chain); now.After(opts.CurrentTime) {
-			if _, again := leaf.Verify(opts); again == nil {
-				return id, fault.Wrap(fault.Unauthenticated, err, "svid_expired", "the certificate has expired")
+			if paths, again := leaf.Verify(opts); again == nil {
+				return id, rootOf(paths), fault.Wrap(fault.Unauthenticated, err, "svid_expired", "the certificate has expired")
 			}
 		}
-		return spiffeid.ID{}, invalidSVID("the certificate does not chain to a root of its trust domain", err)
+		return spiffeid.ID{}, nil, invalidSVID("the certificate does not chain to a root of its trust domain", err)
 	}
-	return id, nil
+	return id, rootOf(paths), nil
 }
+
+func rootOf(paths [][]*x509.Certificate) *x509.Certificate { return paths[0][len(paths[0])-1] }
 
 // lastMoment is the last instant at which every certificate of chain is valid.
 func lastMoment(chain []*x509.Certificate) time.Time {
