@@ -231,10 +231,12 @@ func (s *Server) listenAdmin() (*durable.Listener, error) {
 
 // serveAdmin serves the admin socket and puts it back if somebody removed it.
 func (s *Server) serveAdmin(ctx context.Context, admin *grpc.Server, socket *durable.KeptListener) error {
-	g, ctx := errgroup.WithContext(ctx)
+	g, keeping := errgroup.WithContext(ctx)
+	// By ctx itself, which is what the stop of the server waited for: one that
+	// is derived from it may end a moment later.
 	g.Go(func() error { return served(ctx, admin.Serve(socket)) })
 	g.Go(func() error {
-		socket.Keep(ctx, func(err error) {
+		socket.Keep(keeping, func(err error) {
 			if err != nil {
 				s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "admin socket is gone and can't be put back", slog.String("error", err.Error()))
 				return
