@@ -70,10 +70,11 @@ func populated(p *pki) *fakeServer {
 			Agents: []*adminv1.AgentStatus{
 				{Id: "spiffe://example.org/assay/agent/join_token/01", Connected: true, AcknowledgedSequence: 5, LastSeen: at("2026-11-23T10:29:59Z"), Version: "v0.1.0"},
 				{Id: "spiffe://example.org/assay/agent/join_token/02", Connected: true, AcknowledgedSequence: 4, LastSeen: at("2026-11-23T10:29:58Z")},
-				{Id: "spiffe://example.org/assay/agent/join_token/03", AcknowledgedSequence: 5, WaitsUntil: at("2026-11-23T11:00:00Z"), LastSeen: at("2026-11-23T09:00:00Z")},
+				{Id: "spiffe://example.org/assay/agent/join_token/03", AcknowledgedSequence: 5, WaitsUntil: at("2026-11-23T11:00:00Z"), LastSeen: at("2026-11-23T09:00:00Z"), EarliestExpiry: at("2026-11-23T11:01:00Z")},
 				{Id: "spiffe://example.org/assay/agent/join_token/04", Banned: true},
 			},
-			Warnings: []string{"store and seal key share a directory", "clear the screen: \x1b[2J"},
+			OutageBudget: &adminv1.OutageBudget{FirstExpiry: at("2026-11-23T11:01:00Z"), AgentId: "spiffe://example.org/assay/agent/join_token/03"},
+			Warnings:     []string{"store and seal key share a directory", "clear the screen: \x1b[2J"},
 		},
 		entries: []*types.Entry{
 			{

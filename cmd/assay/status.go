@@ -26,7 +26,15 @@ type statusShape struct {
 	Entries        uint32           `json:"entries"`
 	AgentCounts    agentCounts      `json:"agent_counts"`
 	Agents         []agentState     `json:"agents"`
+	Outage         *outageShape     `json:"outage_budget"`
 	Warnings       []string         `json:"warnings"`
+}
+
+// outageShape says when, and where, the first workload would lose its identity
+// if no server answered any more from now on; null while nobody holds one.
+type outageShape struct {
+	FirstExpiry *time.Time `json:"first_expiry"`
+	AgentID     string     `json:"agent_id"`
 }
 
 // authorityShape is one authority; Use is "x509", State "prepared", "active",
@@ -121,6 +129,9 @@ func statusFromProto(r *adminv1.StatusResponse) statusShape {
 		},
 		Entries: r.GetEntries(), Warnings: list(r.GetWarnings()),
 	}
+	if b := r.GetOutageBudget(); b != nil {
+		s.Outage = &outageShape{FirstExpiry: momentOf(b.GetFirstExpiry()), AgentID: b.GetAgentId()}
+	}
 	for _, a := range r.GetAuthorities() {
 		s.Authorities = append(s.Authorities, authorityFromProto(a))
 	}
@@ -174,6 +185,9 @@ func (s statusShape) write(w io.Writer) error {
 		agents += fmt.Sprintf(", %d banned", c.Banned)
 	}
 	head.add("agents", agents)
+	if s.Outage != nil {
+		head.add("outage budget", fmt.Sprintf("without a server the first workload breaks in %s, at %s", s.left(s.Outage.FirstExpiry), s.Outage.AgentID))
+	}
 	if err := head.write(w); err != nil {
 		return err
 	}

@@ -59,6 +59,9 @@ func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1
 	for i := range fleet {
 		resp.Agents = append(resp.Agents, agentStatus(&fleet[i]))
 	}
+	if agent, at := s.cfg.Registry.FirstExpiry(now); !at.IsZero() {
+		resp.OutageBudget = &adminv1.OutageBudget{FirstExpiry: stamp(at), AgentId: agent.String()}
+	}
 	resp.Warnings = append(resp.Warnings, s.cfg.Warnings...)
 	resp.Warnings = append(resp.Warnings, rootWarnings(roots, now)...)
 	resp.Warnings = append(resp.Warnings, fleetWarnings(fleet, bundle.Sequence, now)...)

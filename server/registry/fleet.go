@@ -185,6 +185,27 @@ func (r *Registry) Fleet() []AgentStatus {
 	return list
 }
 
+// FirstExpiry returns the agent with the workload SVID that ends first, by what
+// agents that are not banned have reported; zero while there is none. If no
+// server answered any more from now on, somebody would be without an identity
+// there first.
+func (r *Registry) FirstExpiry(now time.Time) (agent spiffeid.ID, at time.Time) {
+	reported := map[spiffeid.ID]time.Time{}
+	r.fleet.mu.Lock()
+	for id, a := range r.fleet.agents {
+		if a.report.EarliestExpiry.After(now) {
+			reported[id] = a.report.EarliestExpiry
+		}
+	}
+	r.fleet.mu.Unlock()
+	for id, expiry := range reported {
+		if it, ok := r.mirror.agent(id); ok && !it.Banned && (at.IsZero() || expiry.Before(at)) {
+			agent, at = id, expiry
+		}
+	}
+	return agent, at
+}
+
 func (s *AgentStatus) fill(a *claimed) {
 	s.Version = a.version
 	s.Connected = a.open > 0

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/server/registry"
 )
@@ -149,5 +150,32 @@ assay_registry_entries 3
 	}
 	if n := testutil.CollectAndCount(s.reg, "assay_registry_revision"); n != 1 {
 		t.Errorf("%d revisions", n)
+	}
+}
+
+// The outage budget is that of the agent whose workloads are the first to be
+// without an identity; what a banned one says does not count.
+func TestFirstExpiryIsTheFleetsOutageBudget(t *testing.T) {
+	s := start(t, t.TempDir())
+	now := time.Now()
+	if _, at := s.FirstExpiry(now); !at.IsZero() {
+		t.Errorf("without agents: %v", at)
+	}
+	report := func(n int, expiry time.Time) spiffeid.ID {
+		id := join(t, s.Registry, key(n))
+		claims := s.Connected(id, "v1")
+		claims.Report(registry.Report{EarliestExpiry: expiry, AgentTime: now})
+		claims.Close() // what was said stays
+		return id
+	}
+	report(1, now.Add(40*time.Minute))
+	report(2, now.Add(-time.Minute))
+	report(3, time.Time{})
+	first, banned := report(4, now.Add(31*time.Minute)), report(5, now.Add(5*time.Minute))
+	if err := s.Ban(t.Context(), banned); err != nil {
+		t.Fatal(err)
+	}
+	if agent, at := s.FirstExpiry(now); agent != first || !at.Equal(now.Add(31*time.Minute)) {
+		t.Errorf("got %v at %v, want %v in 31 minutes", agent, at, first)
 	}
 }

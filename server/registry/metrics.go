@@ -30,6 +30,7 @@ func newMetrics(reg prometheus.Registerer, r *Registry) *metrics {
 type collector struct {
 	registry                            *Registry
 	entries, agents, revision, earliest *prometheus.Desc
+	firstExpiry                         *prometheus.Desc
 }
 
 func newCollector(r *Registry) *collector {
@@ -43,11 +44,13 @@ func newCollector(r *Registry) *collector {
 			"Newest revision of the store that this server has applied.", nil, nil),
 		earliest: prometheus.NewDesc("assay_agent_svid_earliest_not_after_timestamp_seconds",
 			"When the first of the current agents' SVIDs ends, in Unix time; absent without current agents.", nil, nil),
+		firstExpiry: prometheus.NewDesc("assay_workload_svid_earliest_not_after_timestamp_seconds",
+			"When the first workload would lose its identity if no server answered any more, by what agents report; absent while they report none.", nil, nil),
 	}
 }
 
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.entries, c.agents, c.revision, c.earliest} {
+	for _, d := range []*prometheus.Desc{c.entries, c.agents, c.revision, c.earliest, c.firstExpiry} {
 		ch <- d
 	}
 }
@@ -65,6 +68,9 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(c.agents, float64(s.unused), "new")
 	if !s.earliest.IsZero() {
 		gauge(c.earliest, float64(s.earliest.Unix()))
+	}
+	if _, at := c.registry.FirstExpiry(time.Now()); !at.IsZero() {
+		gauge(c.firstExpiry, float64(at.Unix()))
 	}
 }
 

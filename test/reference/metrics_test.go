@@ -62,7 +62,8 @@ func TestMetricsReference(t *testing.T) {
 	}
 	serve(t, "agent "+id, a.Run, func(ctx context.Context) error {
 		_, err := ofAgent.Metrics() // until there is a workload's SVID to tell of
-		return errors.Join(err, a.Ready(ctx))
+		_, heard := ofServer.Metrics()
+		return errors.Join(err, heard, a.Ready(ctx))
 	})
 
 	serverMetrics, err := ofServer.Metrics()

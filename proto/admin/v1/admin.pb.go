@@ -78,8 +78,10 @@ type StatusResponse struct {
 	Warnings []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// Path prefix of the IDs of servers and agents, such as "/assay/".
 	ReservedPrefix string `protobuf:"bytes,12,opt,name=reserved_prefix,json=reservedPrefix,proto3" json:"reserved_prefix,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Unset while no agent has reported an SVID.
+	OutageBudget  *OutageBudget `protobuf:"bytes,13,opt,name=outage_budget,json=outageBudget,proto3" json:"outage_budget,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -196,6 +198,67 @@ func (x *StatusResponse) GetReservedPrefix() string {
 	return ""
 }
 
+func (x *StatusResponse) GetOutageBudget() *OutageBudget {
+	if x != nil {
+		return x.OutageBudget
+	}
+	return nil
+}
+
+// OutageBudget says what would happen if no server answered any more from now
+// on: agents serve what they hold, and this is the first of it to end.
+type OutageBudget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	FirstExpiry   *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=first_expiry,json=firstExpiry,proto3" json:"first_expiry,omitempty"`
+	AgentId       string                 `protobuf:"bytes,2,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OutageBudget) Reset() {
+	*x = OutageBudget{}
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OutageBudget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OutageBudget) ProtoMessage() {}
+
+func (x *OutageBudget) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OutageBudget.ProtoReflect.Descriptor instead.
+func (*OutageBudget) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *OutageBudget) GetFirstExpiry() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FirstExpiry
+	}
+	return nil
+}
+
+func (x *OutageBudget) GetAgentId() string {
+	if x != nil {
+		return x.AgentId
+	}
+	return ""
+}
+
 type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -213,7 +276,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -225,7 +288,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -238,7 +301,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Authority) GetId() string {
@@ -294,7 +357,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +369,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +382,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Issuer) GetId() string {
@@ -368,7 +431,7 @@ type AgentStatus struct {
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -380,7 +443,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -393,7 +456,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *AgentStatus) GetId() string {
@@ -485,7 +548,7 @@ var File_admin_v1_admin_proto protoreflect.FileDescriptor
 const file_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x14admin/v1/admin.proto\x12\x0eassay.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\x8b\x04\n" +
+	"\rStatusRequest\"\xce\x04\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x129\n" +
@@ -501,7 +564,11 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06agents\x18\n" +
 	" \x03(\v2\x1b.assay.admin.v1.AgentStatusR\x06agents\x12\x1a\n" +
 	"\bwarnings\x18\v \x03(\tR\bwarnings\x12'\n" +
-	"\x0freserved_prefix\x18\f \x01(\tR\x0ereservedPrefix\"\xc9\x01\n" +
+	"\x0freserved_prefix\x18\f \x01(\tR\x0ereservedPrefix\x12A\n" +
+	"\routage_budget\x18\r \x01(\v2\x1c.assay.admin.v1.OutageBudgetR\foutageBudget\"h\n" +
+	"\fOutageBudget\x12=\n" +
+	"\ffirst_expiry\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\vfirstExpiry\x12\x19\n" +
+	"\bagent_id\x18\x02 \x01(\tR\aagentId\"\xc9\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03use\x18\x02 \x01(\tR\x03use\x12\x14\n" +
@@ -545,35 +612,38 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: assay.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: assay.admin.v1.StatusResponse
-	(*Authority)(nil),             // 2: assay.admin.v1.Authority
-	(*Issuer)(nil),                // 3: assay.admin.v1.Issuer
-	(*AgentStatus)(nil),           // 4: assay.admin.v1.AgentStatus
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*OutageBudget)(nil),          // 2: assay.admin.v1.OutageBudget
+	(*Authority)(nil),             // 3: assay.admin.v1.Authority
+	(*Issuer)(nil),                // 4: assay.admin.v1.Issuer
+	(*AgentStatus)(nil),           // 5: assay.admin.v1.AgentStatus
+	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	5,  // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	5,  // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
-	2,  // 2: assay.admin.v1.StatusResponse.authorities:type_name -> assay.admin.v1.Authority
-	3,  // 3: assay.admin.v1.StatusResponse.issuer:type_name -> assay.admin.v1.Issuer
-	4,  // 4: assay.admin.v1.StatusResponse.agents:type_name -> assay.admin.v1.AgentStatus
-	5,  // 5: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	5,  // 6: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
-	5,  // 7: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	5,  // 8: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
-	5,  // 9: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
-	5,  // 10: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
-	5,  // 11: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
-	0,  // 12: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
-	1,  // 13: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
-	13, // [13:14] is the sub-list for method output_type
-	12, // [12:13] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	6,  // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	6,  // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
+	3,  // 2: assay.admin.v1.StatusResponse.authorities:type_name -> assay.admin.v1.Authority
+	4,  // 3: assay.admin.v1.StatusResponse.issuer:type_name -> assay.admin.v1.Issuer
+	5,  // 4: assay.admin.v1.StatusResponse.agents:type_name -> assay.admin.v1.AgentStatus
+	2,  // 5: assay.admin.v1.StatusResponse.outage_budget:type_name -> assay.admin.v1.OutageBudget
+	6,  // 6: assay.admin.v1.OutageBudget.first_expiry:type_name -> google.protobuf.Timestamp
+	6,  // 7: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	6,  // 8: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
+	6,  // 9: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	6,  // 10: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
+	6,  // 11: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
+	6,  // 12: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
+	6,  // 13: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
+	0,  // 14: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
+	1,  // 15: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
+	15, // [15:16] is the sub-list for method output_type
+	14, // [14:15] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -587,7 +657,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
