@@ -22,7 +22,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	spireagentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -173,6 +175,9 @@ func TestSecretsAreNowhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	canaries["seal key"] = bytes.TrimSpace(seal)
+	if canaries["seal key, decoded"], err = base64.StdEncoding.DecodeString(string(canaries["seal key"])); err != nil {
+		t.Fatal(err)
+	}
 
 	// Tokens: made here, chosen, refused as weak, unknown; used, used again.
 	chosen, weak, unknown := "chosen-CANARY-0123456789abcdef-token", "weakCANARY1", "unknown-CANARY-0123456789abcdef"
@@ -206,7 +211,6 @@ func TestSecretsAreNowhere(t *testing.T) {
 	broken[len(broken)-1] ^= 1
 	canaries["subject"], canaries["broken CSR"] = []byte("CANARY-subject"), broken
 	canaries["nonsense CSR"] = []byte("CANARY-nonsense-request")
-	canaries["foreign entry"] = []byte("CANARY foreign entry\n")
 	resp, err := a.SignX509(t.Context(), &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{
 		{EntryId: id, Csr: good}, {EntryId: id, Csr: named}, {EntryId: id, Csr: broken}, {EntryId: id, Csr: canaries["nonsense CSR"]},
 	}})
@@ -231,7 +235,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 		tell(err)
 	}
 	conn := h.connect(nil)
-	for _, attestor := range []string{"rejoin", "join_token", "CANARY-attestor"} {
+	for _, attestor := range []string{"rejoin", "join_token", "x509pop", "CANARY-attestor"} {
 		_, err := attestOver(t, agentv1.NewAgentClient(conn), &agentv1.AttestRequest_Start{
 			Attestor: attestor, Payload: []byte("CANARY-evidence-of-nothing"), Csr: good,
 		})
@@ -241,6 +245,29 @@ func TestSecretsAreNowhere(t *testing.T) {
 	tell(conn.Invoke(t.Context(), "/CANARY.Service/Method", &agentv1.BundleRequest{}, &agentv1.BundleResponse{}))
 	canaries["method"] = []byte("CANARY.Service")
 	if _, err := o.admin.Status(t.Context(), &adminv1.StatusRequest{}); err != nil {
+		t.Fatal(err)
+	}
+
+	// Selectors tell what runs where. They are the store's content, and nothing
+	// else's: an entry that is made, found, changed, refused and deleted.
+	chosenBy := "user:CANARY-selector"
+	canaries["selector"] = []byte("CANARY-selector")
+	selected := o.create(t, entry(a.id, "/selected", chosenBy))[0]
+	weakly := entry(a.id, "/weakly", "path:/CANARY-selector")
+	for _, e := range []*types.Entry{weakly, entry(a.id, "/selected", chosenBy), entry(a.id, "bad path", chosenBy), entry(a.id, "/x", chosenBy, "CANARY-selector")} {
+		resp, err := o.entries.BatchCreateEntry(t.Context(), createOf(e))
+		if err != nil {
+			t.Fatal(err)
+		}
+		told.WriteString(resp.GetResults()[0].GetStatus().String())
+	}
+	changed := entry(a.id, "/selected", chosenBy, "uid:7")
+	changed.Id = selected
+	if _, err := o.entries.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{changed}}); err != nil {
+		t.Fatal(err)
+	}
+	one(t, openSync(t, a, nil))
+	if _, err := o.entries.BatchDeleteEntry(t.Context(), deleteOf(selected)); err != nil {
 		t.Fatal(err)
 	}
 
@@ -270,6 +297,9 @@ func TestSecretsAreNowhere(t *testing.T) {
 	}
 	for name, canary := range canaries {
 		for place, content := range places {
+			if name == "selector" && place == "store.db" {
+				continue
+			}
 			for form, needle := range map[string][]byte{
 				"as it is": canary, "in hex": []byte(hex.EncodeToString(canary)), "in base64": []byte(base64.StdEncoding.EncodeToString(canary)),
 				"quoted": []byte(strings.Trim(strconv.Quote(string(canary)), `"`)), "as numbers": []byte(strings.Trim(fmt.Sprint(canary), "[]")),
