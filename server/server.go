@@ -33,6 +33,8 @@ type Server struct {
 
 	started   chan struct{} // closed when the listeners serve
 	startOnce sync.Once
+	stopping  chan struct{} // closed when the listeners are to end
+	stopOnce  sync.Once
 	addr      atomic.Pointer[net.Addr]
 	health    atomic.Pointer[func() error] // nil while not serving
 }
@@ -47,7 +49,7 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if deps.Log == nil || deps.Registerer == nil {
 		return nil, errors.New("make server: Log and Registerer are needed")
 	}
-	return &Server{cfg: cfg, deps: deps, metrics: newMetrics(deps.Registerer), started: make(chan struct{})}, nil
+	return &Server{cfg: cfg, deps: deps, metrics: newMetrics(deps.Registerer), started: make(chan struct{}), stopping: make(chan struct{})}, nil
 }
 
 // WriteSealKey makes a new seal key in a file that must not exist.
@@ -160,4 +162,7 @@ func (s *Server) setServing(addr net.Addr, check func() error) {
 	s.startOnce.Do(func() { close(s.started) })
 }
 
-func (s *Server) setStopping() { s.health.Store(nil) }
+func (s *Server) setStopping() {
+	s.health.Store(nil)
+	s.stopOnce.Do(func() { close(s.stopping) })
+}

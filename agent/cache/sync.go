@@ -18,9 +18,11 @@ import (
 
 const (
 	// reportEvery is the longest time between two reports, reportPause the
-	// shortest.
-	reportEvery = 30 * time.Second
-	reportPause = time.Second
+	// shortest, and revisionPause for those that tell a new revision: somebody
+	// may be waiting for that.
+	reportEvery   = 30 * time.Second
+	reportPause   = time.Second
+	revisionPause = 50 * time.Millisecond
 	// steady is how long a stream has to live to count as a success.
 	steady = 10 * time.Second
 	// repeatEvery is how often the log says that there is still no stream.
@@ -197,12 +199,17 @@ func (c *Cache) hello() *agentv1.SyncRequest_Hello {
 func (c *Cache) talk(ctx context.Context, stream syncStream) {
 	var acked *agentv1.SyncRequest_Ack
 	var reported time.Time
+	var told int64 // revision of the last report
 	ticker := time.NewTicker(reportEvery)
 	defer ticker.Stop()
 	for {
 		c.mu.Lock()
 		at := c.now()
 		ack := c.dueAck(at)
+		shortest := reportPause
+		if c.revision != told {
+			shortest = revisionPause
+		}
 		c.mu.Unlock()
 		if ack != nil && !sameAck(ack, acked) {
 			if stream.Send(&agentv1.SyncRequest{Message: &agentv1.SyncRequest_Ack_{Ack: ack}}) != nil {
@@ -210,7 +217,7 @@ func (c *Cache) talk(ctx context.Context, stream syncStream) {
 			}
 			acked = ack
 		}
-		if pause := reportPause - at.Sub(reported); pause > 0 {
+		if pause := shortest - at.Sub(reported); pause > 0 {
 			// Acknowledgements don't wait, reports do.
 			select {
 			case <-ctx.Done():
@@ -226,7 +233,7 @@ func (c *Cache) talk(ctx context.Context, stream syncStream) {
 		if stream.Send(&agentv1.SyncRequest{Message: &agentv1.SyncRequest_Report_{Report: report}}) != nil {
 			return
 		}
-		reported = c.now()
+		reported, told = c.now(), report.GetRevision()
 		select {
 		case <-ctx.Done():
 			return

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -63,6 +66,9 @@ type serverConn struct {
 	bundles  spirebundle.BundleClient
 	svids    spiresvid.SVIDClient
 	rotation adminv1.RotationClient
+	// revision is the newest one of the store that answers told: what they
+	// speak of is in it, and `assay wait` takes it. Zero for none.
+	revision atomic.Int64
 }
 
 // dialServer prepares a connection; nothing is sent before the first call.
@@ -154,11 +160,25 @@ func (t *tool) localVerb(do func(ctx context.Context, s *serverConn, args []stri
 func ask[Req, Resp any](ctx context.Context, s *serverConn, call func(context.Context, Req, ...grpc.CallOption) (Resp, error), req Req) (Resp, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	resp, err := call(ctx, req)
+	var trailer metadata.MD
+	resp, err := call(ctx, req, grpc.Trailer(&trailer))
 	if err != nil {
 		return resp, callError(ctx, err, s.peer)
 	}
+	s.note(trailer)
 	return resp, nil
+}
+
+// note keeps the revision that an answer told.
+func (s *serverConn) note(trailer metadata.MD) {
+	for _, text := range trailer.Get(adminv1.RevisionMetadata) {
+		told, err := strconv.ParseInt(text, 10, 64)
+		if err != nil {
+			continue // another program's
+		}
+		for have := s.revision.Load(); told > have && !s.revision.CompareAndSwap(have, told); have = s.revision.Load() {
+		}
+	}
 }
 
 // callError turns what a call returned into a fault that says what to do: the

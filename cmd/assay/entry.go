@@ -16,6 +16,8 @@ import (
 
 // entryShape is a registration entry in JSON. Times are RFC 3339; ExpiresAt is
 // null for an entry that does not expire. TTL 0 means the server's default.
+// Revision counts the changes of the entry. StoreRevision is there when it was
+// just written: a revision of the server's store that has it, for `assay wait`.
 type entryShape struct {
 	ID                 string     `json:"id"`
 	SPIFFEID           string     `json:"spiffe_id"`
@@ -28,6 +30,7 @@ type entryShape struct {
 	ExpiresAt          *time.Time `json:"expires_at"`
 	CreatedAt          *time.Time `json:"created_at"`
 	Revision           int64      `json:"revision"`
+	StoreRevision      int64      `json:"store_revision,omitempty"`
 }
 
 func entryFromProto(e *types.Entry) entryShape {
@@ -89,6 +92,9 @@ func (e entryShape) write(w io.Writer) error {
 	}
 	t.add("created", stampOf(e.CreatedAt))
 	t.add("revision", strconv.FormatInt(e.Revision, 10))
+	if e.StoreRevision > 0 {
+		t.add("store revision", strconv.FormatInt(e.StoreRevision, 10))
+	}
 	return t.write(w)
 }
 
@@ -151,7 +157,7 @@ node of the parent (an agent's SPIFFE ID, or an alias), get the SPIFFE ID. With
 SPIFFE ID as an alias, and with it the entries whose parent it is. No
 certificate is made out to an alias.
 
-The entry is printed. If one with the same IDs and selectors exists, that one
+The entry is printed, with a store revision for assay wait. If one with the same IDs and selectors exists, that one
 is printed and the exit code is 75. An entry that nobody can match yet is
 created all the same, with a warning on standard error: one with a unix
 selector that this version does not know, or for an agent that is not on record.
@@ -200,6 +206,7 @@ func (t *tool) createEntry(ctx context.Context, s *serverConn, f entryFlags) err
 	failed := itemError(result.GetStatus())
 	if result.GetEntry() != nil { // the new one, or the similar one that exists
 		shape := entryFromProto(result.GetEntry())
+		shape.StoreRevision = s.revision.Load()
 		if err := t.print(shape, shape.write); err != nil {
 			return err
 		}

@@ -39,7 +39,7 @@ standard input. It has what assay entry list -o json prints; people rather write
 
 An entry is the one on the server that has its id or, without one, its SPIFFE
 ID, parent and selectors. What an entry leaves out, it shall not have; created_at
-and revision are the server's and ignored. A file with a mistake in it is
+and the revisions are the server's and ignored. A file with a mistake in it is
 refused before anything is changed. Each entry succeeds or fails alone; the exit
 code is that of the first failure.
 
@@ -73,6 +73,7 @@ func (t *tool) applyEntries(ctx context.Context, s *serverConn, path string, dry
 		t.carryOut(ctx, s, plan)
 	}
 	doc := summarise(plan, dryRun)
+	doc.StoreRevision = s.revision.Load()
 	if err := t.print(doc, func(w io.Writer) error { return doc.write(w, plan) }); err != nil {
 		return err
 	}
@@ -100,7 +101,8 @@ func wantedAndStored(ctx context.Context, s *serverConn, called string, data []b
 }
 
 // applied is what `entry apply -o json` prints. With dry_run the counts are of
-// what would be done.
+// what would be done. StoreRevision is a revision of the server's store that has
+// all of it, for `assay wait`; zero if the server does not tell.
 type applied struct {
 	DryRun    bool           `json:"dry_run"`
 	Created   int            `json:"created"`
@@ -108,6 +110,8 @@ type applied struct {
 	Unchanged int            `json:"unchanged"`
 	Failed    int            `json:"failed"`
 	Results   []applyVerdict `json:"results"`
+
+	StoreRevision int64 `json:"store_revision"`
 }
 
 // applyVerdict is of one entry, in the order of the file. Action is create,

@@ -42,5 +42,6 @@ func (t *tool) deleteEntries(ctx context.Context, s *serverConn, ids []string) e
 			doc.add(id, "deleted", item)
 		}
 	}
+	doc.StoreRevision = s.revision.Load()
 	return t.finish(doc, "entries were not deleted")
 }

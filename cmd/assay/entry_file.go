@@ -44,8 +44,9 @@ type fileEntry struct {
 	StoreSVID          bool           `yaml:"store_svid"`
 	ExpiresAt          string         `yaml:"expires_at"`
 	// The server's own: taken so that a list can be applied, and not used.
-	CreatedAt string `yaml:"created_at"`
-	Revision  int64  `yaml:"revision"`
+	CreatedAt     string `yaml:"created_at"`
+	Revision      int64  `yaml:"revision"`
+	StoreRevision int64  `yaml:"store_revision"`
 }
 
 // readFile returns the content of path, or standard input for "-", and the

@@ -38,7 +38,7 @@ func readJSONEntries(called string, data []byte) ([]fileEntry, error) {
 func entryKeys() []string {
 	return []string{
 		"id", "spiffe_id", "parent_id", "selectors", "x509_svid_ttl", "x509_svid_ttl_seconds",
-		"dns_names", "hint", "store_svid", "expires_at", "created_at", "revision",
+		"dns_names", "hint", "store_svid", "expires_at", "created_at", "revision", "store_revision",
 	}
 }
 
@@ -70,6 +70,8 @@ func (r *jsonReader) readEntry() (e fileEntry) {
 			e.CreatedAt = r.text()
 		case "revision":
 			e.Revision = r.whole(64)
+		case "store_revision":
+			e.StoreRevision = r.whole(64)
 		}
 	})
 	return e

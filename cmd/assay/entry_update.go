@@ -117,6 +117,7 @@ func (t *tool) updateEntry(ctx context.Context, s *serverConn, entry *types.Entr
 		return badAnswer("the entry that was changed")
 	}
 	shape := entryFromProto(result.GetEntry())
+	shape.StoreRevision = s.revision.Load()
 	if err := t.print(shape, shape.write); err != nil {
 		return err
 	}

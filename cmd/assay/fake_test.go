@@ -7,6 +7,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -20,6 +21,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -63,6 +65,8 @@ type fakeServer struct {
 	err      error // every call fails with it
 	writeErr error // every batch of creations fails with it
 	pageSize int   // entries and agents per page; 0 = all
+	revision int64 // told by answers of the entry API; 0 = not
+	waits    []*adminv1.WaitResponse
 	mint     func(*spiresvid.MintX509SVIDRequest) *types.X509SVID
 
 	mu      sync.Mutex
@@ -76,6 +80,7 @@ type fakeServer struct {
 	nodes   *spireagent.ListAgentsRequest_Filter
 	ttl     int32
 	agentID *types.SPIFFEID
+	waited  *adminv1.WaitRequest
 	calls   int
 }
 
@@ -124,6 +129,31 @@ func (f *fakeServer) Status(context.Context, *adminv1.StatusRequest) (*adminv1.S
 	return f.status, f.begin()
 }
 
+// Wait says what a test gave it, and then nothing until the caller goes, unless
+// the last of it was that the revision is reached.
+func (f *fakeServer) Wait(req *adminv1.WaitRequest, stream grpc.ServerStreamingServer[adminv1.WaitResponse]) error {
+	if err := f.begin(); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	f.waited = req
+	f.mu.Unlock()
+	for _, w := range f.waits {
+		if err := stream.Send(w); err != nil || w.GetReached() {
+			return err
+		}
+	}
+	<-stream.Context().Done()
+	return status.FromContextError(stream.Context().Err()).Err()
+}
+
+// tell adds the trailer that answers of the entry API have.
+func (f *fakeServer) tell(ctx context.Context) {
+	if f.revision > 0 {
+		_ = grpc.SetTrailer(ctx, metadata.Pairs(adminv1.RevisionMetadata, strconv.FormatInt(f.revision, 10)))
+	}
+}
+
 func itemStatus(err error) *types.Status {
 	if err == nil {
 		return &types.Status{Message: "OK"}
@@ -131,7 +161,8 @@ func itemStatus(err error) *types.Status {
 	return &types.Status{Code: int32(fault.Code(fault.KindOf(err))), Message: fault.ReasonOf(err) + ": " + fault.SafeText(err)}
 }
 
-func (f fakeEntries) BatchCreateEntry(_ context.Context, req *spireentry.BatchCreateEntryRequest) (*spireentry.BatchCreateEntryResponse, error) {
+func (f fakeEntries) BatchCreateEntry(ctx context.Context, req *spireentry.BatchCreateEntryRequest) (*spireentry.BatchCreateEntryResponse, error) {
+	f.tell(ctx)
 	if err := f.begin(); err != nil {
 		return nil, err
 	}
@@ -239,7 +270,8 @@ func (f fakeEntries) CountEntries(_ context.Context, req *spireentry.CountEntrie
 	return &spireentry.CountEntriesResponse{Count: int32(len(f.entries))}, nil
 }
 
-func (f fakeEntries) BatchUpdateEntry(_ context.Context, req *spireentry.BatchUpdateEntryRequest) (*spireentry.BatchUpdateEntryResponse, error) {
+func (f fakeEntries) BatchUpdateEntry(ctx context.Context, req *spireentry.BatchUpdateEntryRequest) (*spireentry.BatchUpdateEntryResponse, error) {
+	f.tell(ctx)
 	if err := f.begin(); err != nil {
 		return nil, err
 	}
@@ -263,7 +295,8 @@ func (f fakeEntries) BatchUpdateEntry(_ context.Context, req *spireentry.BatchUp
 	return resp, nil
 }
 
-func (f fakeEntries) BatchDeleteEntry(_ context.Context, req *spireentry.BatchDeleteEntryRequest) (*spireentry.BatchDeleteEntryResponse, error) {
+func (f fakeEntries) BatchDeleteEntry(ctx context.Context, req *spireentry.BatchDeleteEntryRequest) (*spireentry.BatchDeleteEntryResponse, error) {
+	f.tell(ctx)
 	if err := f.begin(); err != nil {
 		return nil, err
 	}

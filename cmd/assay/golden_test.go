@@ -102,7 +102,7 @@ func populated(p *pki) *fakeServer {
 
 func TestServerVerbsPrintGoldenTextAndJSON(t *testing.T) {
 	f := populated(newPKI(t))
-	f.pageSize = 2
+	f.pageSize, f.revision = 2, 4712
 	vars := map[string]string{serverSocketEnv: f.start(t)}
 	cases := []struct {
 		name string

@@ -14,9 +14,11 @@ import (
 // succeeds or fails alone: each ID of the command line in its order.
 type verdicts struct {
 	Results []verdict `json:"results"`
-	rows    table
-	failed  int
-	first   error
+	// StoreRevision is there after writes of entries: see entryShape.
+	StoreRevision int64 `json:"store_revision,omitempty"`
+	rows          table
+	failed        int
+	first         error
 }
 
 // verdict is of one ID. Error is null where it was done.

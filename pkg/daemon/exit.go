@@ -50,6 +50,7 @@ var exitByReason = map[string]int{
 	"authority_state":        exitTemporary,
 	"no_rotation":            exitTemporary,
 	"no_gate":                exitTemporary,
+	"wait_timeout":           exitTemporary,
 	"config_*":               exitConfig,
 	"seal_key_*":             exitConfig,
 }

@@ -23,7 +23,8 @@ const (
 // AdminService is what operators need beyond SPIRE's API.
 type AdminService struct {
 	adminv1.UnimplementedAdminServer
-	cfg AdminServiceConfig
+	cfg   AdminServiceConfig
+	waits chan struct{} // one for each call of Wait
 }
 
 // AdminServiceConfig is what an AdminService needs.
@@ -36,10 +37,14 @@ type AdminServiceConfig struct {
 	Registry       *registry.Registry
 	// Warnings are what was found at start.
 	Warnings []string
+	// Stopping is closed when the server stops: Wait ends then.
+	Stopping <-chan struct{}
 }
 
 // NewAdminService returns the service.
-func NewAdminService(cfg AdminServiceConfig) *AdminService { return &AdminService{cfg: cfg} }
+func NewAdminService(cfg AdminServiceConfig) *AdminService {
+	return &AdminService{cfg: cfg, waits: make(chan struct{}, maxWaits)}
+}
 
 // Status implements adminv1.AdminServer.
 func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1.StatusResponse, error) {

@@ -45,7 +45,7 @@ func (s *EntryService) CountEntries(_ context.Context, req *entryv1.CountEntries
 
 // ListEntries implements entryv1.EntryServer. Pages are in the order of the
 // entries' ids, bounded in number and in bytes.
-func (s *EntryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
+func (s *EntryService) ListEntries(ctx context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
 	filter, err := entryFilterFromProto(s.td, req.GetFilter())
 	if err != nil {
 		return nil, err
@@ -61,6 +61,7 @@ func (s *EntryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRe
 	if filter.none {
 		return &entryv1.ListEntriesResponse{}, nil
 	}
+	tellRevision(ctx, s.entries) // before the reading: what is read has it
 	found, next := s.entries.ListEntries(filter.EntryFilter, after, size)
 	list := make([]*types.Entry, len(found))
 	for i := range found {
@@ -120,6 +121,7 @@ func (s *EntryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 	if err := log.write(ctx); err != nil {
 		return nil, err
 	}
+	tellRevision(ctx, s.entries)
 	return resp, nil
 }
 
@@ -150,6 +152,7 @@ func (s *EntryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchU
 	if err := log.write(ctx); err != nil {
 		return nil, err
 	}
+	tellRevision(ctx, s.entries)
 	return resp, nil
 }
 
@@ -226,6 +229,7 @@ func (s *EntryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 	if err := log.write(ctx); err != nil {
 		return nil, err
 	}
+	tellRevision(ctx, s.entries)
 	return resp, nil
 }
 

@@ -89,6 +89,7 @@ func AdminMethods(ops Operators, refused Refused) rpc.Methods {
 func operatorMethods(operator, local rpc.Rule) rpc.Methods {
 	return rpc.Methods{
 		adminv1.Admin_Status_FullMethodName: operator,
+		adminv1.Admin_Wait_FullMethodName:   operator,
 
 		adminv1.Rotation_ListRoots_FullMethodName:     operator,
 		adminv1.Rotation_WatchRotation_FullMethodName: operator,

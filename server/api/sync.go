@@ -59,7 +59,7 @@ func (s *AgentService) Sync(stream syncStream) error {
 	defer claims.Close()
 	session := &syncSession{
 		authority: s.cfg.Authority, bundles: &s.bundles, log: s.cfg.Log, claims: claims, caller: caller,
-		updates: make(chan registry.Update), send: stream.Send,
+		newest: s.cfg.Registry.Revision, updates: make(chan registry.Update), send: stream.Send,
 	}
 	feed := s.cfg.Registry.Follow(caller.ID, hello.GetEpoch(), hello.GetRevision())
 	go func() { ends <- session.follow(ctx, feed) }()
@@ -137,6 +137,7 @@ type syncSession struct {
 	bundles   *bundleCache
 	log       *slog.Logger
 	claims    *registry.Claims
+	newest    func() int64 // revision that there is
 	caller    rpc.Caller
 	updates   chan registry.Update
 	send      func(*agentv1.SyncResponse) error
@@ -276,6 +277,10 @@ func (s *syncSession) heard(msg *agentv1.SyncRequest) error {
 func (s *syncSession) report(p *agentv1.SyncRequest_Report) registry.Report {
 	known := s.authority.Authorities()
 	r := registry.Report{EarliestExpiry: moment(p.GetEarliestExpiry()), AgentTime: moment(p.GetAgentTime()), Revision: p.GetRevision()}
+	if r.Revision > s.newest() {
+		s.alarm("revision_of_the_future")
+		r.Revision = 0
+	}
 	for _, live := range p.GetLive() {
 		if !slices.ContainsFunc(known, func(root ca.Root) bool { return root.ID == live.GetAuthorityId() }) {
 			s.alarm("svids_of_unknown_authority")

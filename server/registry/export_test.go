@@ -72,3 +72,10 @@ func (r *Registry) See(entries []Entry, gone []string, agents []Agent) {
 	}
 	r.mirror.apply(d, d.at)
 }
+
+// Waiters returns how many wait for a revision.
+func (r *Registry) Waiters() int {
+	r.mirror.mu.RLock()
+	defer r.mirror.mu.RUnlock()
+	return len(r.mirror.waiters)
+}

@@ -42,6 +42,8 @@ type Feed struct {
 	resume  int64     // revision to resume from, before started
 	cursors []cursor  // of its parent and of every alias
 	sent    time.Time // when the last change was delivered
+	told    int64     // newest revision that was delivered
+	asked   int64     // revision that somebody waits for; the mirror's lock guards it
 }
 
 // cursor is the position of the first change of a parent that was not delivered.
@@ -76,12 +78,15 @@ func (f *Feed) Close() {
 }
 
 // Next returns the next update. The first comes at once, be it empty. Later
-// ones wait for a change: one after a quiet time is delivered at once, those
-// that follow it together, 10 ms after the last delivery.
+// ones wait for a change, or for somebody who waits for a revision: one after a
+// quiet time is delivered at once, those that follow it together, 10 ms after
+// the last delivery.
 func (f *Feed) Next(ctx context.Context) (Update, error) {
 	if !f.started {
 		f.started = true
-		return f.begin(), nil
+		u := f.begin()
+		f.told = u.Revision
+		return u, nil
 	}
 	for !f.behind() {
 		select {
@@ -96,7 +101,7 @@ func (f *Feed) Next(ctx context.Context) (Update, error) {
 		}
 	}
 	u := f.take()
-	f.sent = time.Now()
+	f.sent, f.told = time.Now(), u.Revision
 	return u, nil
 }
 
@@ -123,7 +128,7 @@ func (f *Feed) begin() Update {
 func (f *Feed) behind() bool {
 	f.mirror.mu.RLock()
 	defer f.mirror.mu.RUnlock()
-	return slices.ContainsFunc(f.cursors, func(c cursor) bool { return c.at < c.parent.log.end() })
+	return f.told < f.asked || slices.ContainsFunc(f.cursors, func(c cursor) bool { return c.at < c.parent.log.end() })
 }
 
 func (f *Feed) take() Update {

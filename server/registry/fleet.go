@@ -58,9 +58,10 @@ func (s *AgentStatus) LiveCount() uint32 {
 
 // fleet is the claims of all agents.
 type fleet struct {
-	mu     sync.Mutex
-	agents map[spiffeid.ID]*claimed
-	next   uint64
+	mu       sync.Mutex
+	agents   map[spiffeid.ID]*claimed
+	next     uint64
+	watchers map[chan struct{}]struct{}
 }
 
 // claimed is what one agent said on its streams.
@@ -76,7 +77,9 @@ type claimed struct {
 	offset   time.Duration
 }
 
-func newFleet() *fleet { return &fleet{agents: map[spiffeid.ID]*claimed{}} }
+func newFleet() *fleet {
+	return &fleet{agents: map[spiffeid.ID]*claimed{}, watchers: map[chan struct{}]struct{}{}}
+}
 
 // Claims is one open stream of an agent. Agents replace connections
 // make-before-break, so one may have two for a while: the word of the newer
@@ -104,6 +107,7 @@ func (r *Registry) Connected(agent spiffeid.ID, version string) *Claims {
 	a.newest = f.next
 	a.version = printable(version)
 	a.lastSeen = time.Now()
+	f.changed()
 	return &Claims{fleet: f, agent: agent, stream: f.next}
 }
 
@@ -132,6 +136,7 @@ func (c *Claims) Close() {
 	if a := c.fleet.agents[c.agent]; a != nil && !c.closed {
 		c.closed = true
 		a.open--
+		c.fleet.changed()
 		if a.newest == c.stream {
 			a.newest = 0 // an older one that outlives it has the word again
 		}
@@ -149,6 +154,7 @@ func (c *Claims) say(change func(*claimed)) {
 	a.lastSeen = time.Now()
 	if c.stream >= a.newest {
 		change(a)
+		c.fleet.changed()
 	}
 }
 

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -336,6 +337,13 @@ func (m *mirror) reached(revision int64) <-chan struct{} {
 		m.waiters = append(m.waiters, waiter{revision: revision, reached: ch})
 	}
 	return ch
+}
+
+// forget drops a waiter that has given up.
+func (m *mirror) forget(reached <-chan struct{}) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.waiters = slices.DeleteFunc(m.waiters, func(w waiter) bool { return w.reached == reached })
 }
 
 // entry returns the entry with this id, live or not.

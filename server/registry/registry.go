@@ -267,6 +267,13 @@ func (r *Registry) applied(ctx context.Context, revision int64) error {
 	return r.WaitRevision(context.WithoutCancel(ctx), revision)
 }
 
+// Reached returns a channel that is closed once the mirror has reached
+// revision; forget must be called when nobody waits for it any more.
+func (r *Registry) Reached(revision int64) (reached <-chan struct{}, forget func()) {
+	reached = r.mirror.reached(revision)
+	return reached, func() { r.mirror.forget(reached) }
+}
+
 // WaitRevision returns once the mirror has reached revision. It gives up, with
 // NotReady, when ctx or Run ends.
 func (r *Registry) WaitRevision(ctx context.Context, revision int64) error {
@@ -280,6 +287,7 @@ func (r *Registry) WaitRevision(ctx context.Context, revision int64) error {
 	case <-reached:
 		return nil
 	case <-ctx.Done():
+		r.mirror.forget(reached)
 		return ended(ctx)
 	case <-r.stopped:
 		return fault.New(fault.NotReady, "registry_stopped", "the server is stopping; ask again")

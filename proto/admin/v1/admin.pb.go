@@ -419,7 +419,9 @@ type AgentStatus struct {
 	// Newest bundle that the agent acknowledged.
 	AcknowledgedSequence uint64 `protobuf:"varint,7,opt,name=acknowledged_sequence,json=acknowledgedSequence,proto3" json:"acknowledged_sequence,omitempty"`
 	// SVIDs of an older bundle outlive the acknowledgement until then.
-	WaitsUntil     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=waits_until,json=waitsUntil,proto3" json:"waits_until,omitempty"`
+	WaitsUntil *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=waits_until,json=waitsUntil,proto3" json:"waits_until,omitempty"`
+	// Last revision of which the agent said that it has applied it. It moves with
+	// changes that concern the agent, and with Wait.
 	Revision       int64                  `protobuf:"varint,9,opt,name=revision,proto3" json:"revision,omitempty"`
 	LiveSvids      uint32                 `protobuf:"varint,10,opt,name=live_svids,json=liveSvids,proto3" json:"live_svids,omitempty"`
 	EarliestExpiry *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=earliest_expiry,json=earliestExpiry,proto3" json:"earliest_expiry,omitempty"`
@@ -543,6 +545,223 @@ func (x *AgentStatus) GetClockOffsetMs() int64 {
 	return 0
 }
 
+type WaitRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Revision to wait for: StatusResponse.revision, or the metadata
+	// "assay-revision" of an answer of the entry API. Zero: the newest that the
+	// server has when it is asked.
+	Revision int64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Wait for the agents, too: all on record that are not banned and whose
+	// certificate has not ended, connected or not.
+	AllAgents     bool `protobuf:"varint,2,opt,name=all_agents,json=allAgents,proto3" json:"all_agents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitRequest) Reset() {
+	*x = WaitRequest{}
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitRequest) ProtoMessage() {}
+
+func (x *WaitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
+func (*WaitRequest) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *WaitRequest) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *WaitRequest) GetAllAgents() bool {
+	if x != nil {
+		return x.AllAgents
+	}
+	return false
+}
+
+type WaitResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The revision that is waited for.
+	Revision int64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Newest revision that this server has applied.
+	ServerRevision int64 `protobuf:"varint,2,opt,name=server_revision,json=serverRevision,proto3" json:"server_revision,omitempty"`
+	// The revision has come to everybody. The last message of the stream.
+	Reached bool `protobuf:"varint,3,opt,name=reached,proto3" json:"reached,omitempty"`
+	// How many agents count, and how many of them it has not come to. Both are
+	// zero until the server itself has the revision, and without all_agents.
+	Agents  uint32 `protobuf:"varint,4,opt,name=agents,proto3" json:"agents,omitempty"`
+	Waiting uint32 `protobuf:"varint,5,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	// Some of those, sorted by ID.
+	WaitingAgents []*WaitingAgent `protobuf:"bytes,6,rep,name=waiting_agents,json=waitingAgents,proto3" json:"waiting_agents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitResponse) Reset() {
+	*x = WaitResponse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitResponse) ProtoMessage() {}
+
+func (x *WaitResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
+func (*WaitResponse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WaitResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *WaitResponse) GetServerRevision() int64 {
+	if x != nil {
+		return x.ServerRevision
+	}
+	return 0
+}
+
+func (x *WaitResponse) GetReached() bool {
+	if x != nil {
+		return x.Reached
+	}
+	return false
+}
+
+func (x *WaitResponse) GetAgents() uint32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *WaitResponse) GetWaiting() uint32 {
+	if x != nil {
+		return x.Waiting
+	}
+	return 0
+}
+
+func (x *WaitResponse) GetWaitingAgents() []*WaitingAgent {
+	if x != nil {
+		return x.WaitingAgents
+	}
+	return nil
+}
+
+type WaitingAgent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// A Sync stream is open on this server.
+	Connected bool `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	// Unset for one that was not seen since this server started.
+	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WaitingAgent) Reset() {
+	*x = WaitingAgent{}
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WaitingAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WaitingAgent) ProtoMessage() {}
+
+func (x *WaitingAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WaitingAgent.ProtoReflect.Descriptor instead.
+func (*WaitingAgent) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WaitingAgent) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *WaitingAgent) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *WaitingAgent) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
+func (x *WaitingAgent) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 var File_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_admin_v1_admin_proto_rawDesc = "" +
@@ -596,9 +815,26 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"live_svids\x18\n" +
 	" \x01(\rR\tliveSvids\x12C\n" +
 	"\x0fearliest_expiry\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x0eearliestExpiry\x12&\n" +
-	"\x0fclock_offset_ms\x18\f \x01(\x03R\rclockOffsetMs2P\n" +
+	"\x0fclock_offset_ms\x18\f \x01(\x03R\rclockOffsetMs\"H\n" +
+	"\vWaitRequest\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1d\n" +
+	"\n" +
+	"all_agents\x18\x02 \x01(\bR\tallAgents\"\xe4\x01\n" +
+	"\fWaitResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
+	"\x0fserver_revision\x18\x02 \x01(\x03R\x0eserverRevision\x12\x18\n" +
+	"\areached\x18\x03 \x01(\bR\areached\x12\x16\n" +
+	"\x06agents\x18\x04 \x01(\rR\x06agents\x12\x18\n" +
+	"\awaiting\x18\x05 \x01(\rR\awaiting\x12C\n" +
+	"\x0ewaiting_agents\x18\x06 \x03(\v2\x1c.assay.admin.v1.WaitingAgentR\rwaitingAgents\"\x91\x01\n" +
+	"\fWaitingAgent\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x127\n" +
+	"\tlast_seen\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision2\x95\x01\n" +
 	"\x05Admin\x12G\n" +
-	"\x06Status\x12\x1d.assay.admin.v1.StatusRequest\x1a\x1e.assay.admin.v1.StatusResponseB7Z5github.com/seed-caa81108/assay/proto/admin/v1;adminv1b\x06proto3"
+	"\x06Status\x12\x1d.assay.admin.v1.StatusRequest\x1a\x1e.assay.admin.v1.StatusResponse\x12C\n" +
+	"\x04Wait\x12\x1b.assay.admin.v1.WaitRequest\x1a\x1c.assay.admin.v1.WaitResponse0\x01B7Z5github.com/seed-caa81108/assay/proto/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -612,7 +848,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: assay.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: assay.admin.v1.StatusResponse
@@ -620,30 +856,37 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*Authority)(nil),             // 3: assay.admin.v1.Authority
 	(*Issuer)(nil),                // 4: assay.admin.v1.Issuer
 	(*AgentStatus)(nil),           // 5: assay.admin.v1.AgentStatus
-	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*WaitRequest)(nil),           // 6: assay.admin.v1.WaitRequest
+	(*WaitResponse)(nil),          // 7: assay.admin.v1.WaitResponse
+	(*WaitingAgent)(nil),          // 8: assay.admin.v1.WaitingAgent
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	6,  // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	6,  // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
+	9,  // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	9,  // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
 	3,  // 2: assay.admin.v1.StatusResponse.authorities:type_name -> assay.admin.v1.Authority
 	4,  // 3: assay.admin.v1.StatusResponse.issuer:type_name -> assay.admin.v1.Issuer
 	5,  // 4: assay.admin.v1.StatusResponse.agents:type_name -> assay.admin.v1.AgentStatus
 	2,  // 5: assay.admin.v1.StatusResponse.outage_budget:type_name -> assay.admin.v1.OutageBudget
-	6,  // 6: assay.admin.v1.OutageBudget.first_expiry:type_name -> google.protobuf.Timestamp
-	6,  // 7: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	6,  // 8: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
-	6,  // 9: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	6,  // 10: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
-	6,  // 11: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
-	6,  // 12: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
-	6,  // 13: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
-	0,  // 14: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
-	1,  // 15: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
-	15, // [15:16] is the sub-list for method output_type
-	14, // [14:15] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	9,  // 6: assay.admin.v1.OutageBudget.first_expiry:type_name -> google.protobuf.Timestamp
+	9,  // 7: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	9,  // 8: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
+	9,  // 9: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	9,  // 10: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
+	9,  // 11: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
+	9,  // 12: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
+	9,  // 13: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
+	8,  // 14: assay.admin.v1.WaitResponse.waiting_agents:type_name -> assay.admin.v1.WaitingAgent
+	9,  // 15: assay.admin.v1.WaitingAgent.last_seen:type_name -> google.protobuf.Timestamp
+	0,  // 16: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
+	6,  // 17: assay.admin.v1.Admin.Wait:input_type -> assay.admin.v1.WaitRequest
+	1,  // 18: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
+	7,  // 19: assay.admin.v1.Admin.Wait:output_type -> assay.admin.v1.WaitResponse
+	18, // [18:20] is the sub-list for method output_type
+	16, // [16:18] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -657,7 +900,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
