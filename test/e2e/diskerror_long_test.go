@@ -231,20 +231,57 @@ func TestDiskErrorWhileTheFirstBundleIsWritten(t *testing.T) {
 		}
 		s.Under = nil
 		s.StartServer()
-		var status struct {
-			Authorities []struct {
-				State string `json:"state"`
-			} `json:"authorities"`
-		}
-		s.CLIJSON(&status, "status")
-		if len(status.Authorities) != 1 || status.Authorities[0].State != "active" {
-			t.Errorf("sync %d: %+v", nth, status)
+		if roots := rootsOf(s); len(roots) != 1 || roots["active"] != 1 {
+			t.Errorf("sync %d: %v", nth, roots)
 		}
 		s.Server.Stop(syscall.SIGTERM)
 	}
 	if failed < 2 {
 		t.Errorf("%d starts met an error", failed)
 	}
+}
+
+// NEG-53: a root that goes into the bundle. It is there whole or not at all, the
+// old one signs on, and the operator can go on from there.
+func TestDiskErrorWhileARootIsPrepared(t *testing.T) {
+	for _, nth := range []int{1, 2} {
+		s := newSite(t, "")
+		s.StartServer()
+		syncFails(t, s, nth)
+		_, stderr, code := s.Try("assay", "root", "prepare", "--reason", "by hand")
+		if nth == 1 || code != 0 { // the second sync on a thread need not be of this commit
+			if code != 74 || !strings.HasPrefix(stderr, "error: store_commit_unknown: ") {
+				t.Errorf("sync %d: exit %d, %q", nth, code, stderr)
+			}
+			wantExit74(t, s)
+		}
+		roots := rootsOf(s)
+		if len(roots) == 1 && nth > 1 && code == 0 || len(roots) > 1 && nth == 1 || roots["active"] != 1 {
+			t.Errorf("sync %d: %v", nth, roots)
+		}
+		if roots["prepared"] == 0 {
+			s.CLI("root", "prepare", "--reason", "again")
+		}
+		if roots = rootsOf(s); roots["active"] != 1 || roots["prepared"] != 1 {
+			t.Errorf("sync %d, in the end: %v", nth, roots)
+		}
+		s.Server.Stop(syscall.SIGKILL)
+	}
+}
+
+// rootsOf counts the roots by state.
+func rootsOf(s *harness.Site) map[string]int {
+	var status struct {
+		Authorities []struct {
+			State string `json:"state"`
+		} `json:"authorities"`
+	}
+	s.CLIJSON(&status, "status")
+	roots := map[string]int{}
+	for _, a := range status.Authorities {
+		roots[a.State]++
+	}
+	return roots
 }
 
 // readyOrEnded waits until the server is ready, or has ended before.
