@@ -101,8 +101,8 @@ func TestRefusedMints(t *testing.T) {
 		"the server":    {[]string{"--spiffe-id", "spiffe://example.org/assay/server"}, 65, "spiffe_id_reserved"},
 		"an agent":      {[]string{"--spiffe-id", "spiffe://example.org/assay/agent/join_token/x"}, 65, "spiffe_id_reserved"},
 		"foreign":       {[]string{"--spiffe-id", "spiffe://other.org/web"}, 65, "spiffe_id_foreign"},
-		"trust domain":  {[]string{"--spiffe-id", "spiffe://example.org"}, 64, "usage"},
-		"no ID":         {[]string{"--spiffe-id", "spiffe://example.org/a/../b"}, 64, "usage"},
+		"trust domain":  {[]string{"--spiffe-id", "spiffe://example.org"}, 65, "spiffe_id_invalid"},
+		"no ID":         {[]string{"--spiffe-id", "spiffe://example.org/a/../b"}, 65, "spiffe_id_invalid"},
 		"bad DNS name":  {[]string{"--spiffe-id", "spiffe://example.org/web", "--dns", "10.0.0.1"}, 65, "dns_name_invalid"},
 		"same DNS name": {[]string{"--spiffe-id", "spiffe://example.org/web", "--dns", "a.example", "--dns", "A.example"}, 65, "dns_name_invalid"},
 	} {
