@@ -27,14 +27,22 @@ func (a arrival) HandleRPC(ctx context.Context, s stats.RPCStats) {
 	}
 	switch s := s.(type) {
 	case *stats.Begin:
-		c.late = time.AfterFunc(a.guard.cfg.MessageTimeout, func() { c.cancel(errNoMessage) })
+		c.late.Store(time.AfterFunc(a.guard.cfg.MessageTimeout, func() { c.cancel(errNoMessage) }))
 	case *stats.InPayload:
-		c.late.Stop()
+		c.arrived()
 	case *stats.End:
-		c.late.Stop()
+		c.arrived()
 		if s.Error != nil && !c.handled {
 			a.guard.done(ctx, c, c.method, a.guard.settle(ctx, s.Error))
 		}
+	}
+}
+
+// arrived ends the wait for the first message. The timer goes with it: many
+// streams stay for days.
+func (c *call) arrived() {
+	if late := c.late.Swap(nil); late != nil {
+		late.Stop()
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -56,9 +57,9 @@ type call struct {
 	id     string
 	method string
 
-	cancel  context.CancelCauseFunc // ends the call
-	late    *time.Timer             // until its first message comes
-	handled bool                    // an interceptor had it
+	cancel  context.CancelCauseFunc    // ends the call
+	late    atomic.Pointer[time.Timer] // until its first message comes
+	handled bool                       // an interceptor had it
 }
 
 type callKey struct{}
