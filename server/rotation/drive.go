@@ -32,6 +32,8 @@ type step struct {
 	// gate, if any, that has to be open, and what root it is about.
 	gate Gate
 	root ca.Root
+	// back: the step takes the rotation back.
+	back bool
 	// do makes the step: one move of the authority. Nil at the end.
 	do func(ctx context.Context, o ca.Order) error
 }
@@ -39,7 +41,9 @@ type step struct {
 // next derives the next step from the states of the two roots alone.
 func (r *Rotator) next(op *ca.Operation) step {
 	from, to := r.find(op.From), r.made(op.ID)
-	if op.Abort != nil {
+	// A taint that was under way when the abort was decided wins over it: the
+	// rotation goes on to its end, or the old root would stay in the bundle.
+	if op.Abort != nil && from.State != ca.Tainted {
 		return r.back(from, to)
 	}
 	switch {
@@ -78,7 +82,7 @@ func (r *Rotator) back(from, to ca.Root) step {
 	case to.State == ca.Active:
 		return step{phase: Done} // too late after all: the old root went in the same moment
 	}
-	return step{phase: Aborting, gate: BeforeRevoke, root: to, do: func(ctx context.Context, o ca.Order) error {
+	return step{phase: Aborting, gate: BeforeRevoke, root: to, back: true, do: func(ctx context.Context, o ca.Order) error {
 		return r.o.Authority.Revoke(ctx, to.ID, o)
 	}}
 }
@@ -142,7 +146,7 @@ func (r *Rotator) drive(ctx context.Context) (look time.Duration, err error) {
 	if s.gate != "" {
 		waits := r.waits(s)
 		if len(waits) > 0 {
-			if !r.open(op, s.gate, time.Now()) {
+			if !r.open(op, s, time.Now()) {
 				return lookEvery, nil
 			}
 			if err := r.miss(ctx, op, waits); err != nil {
@@ -191,14 +195,17 @@ func due(roots []ca.Root, now time.Time) bool {
 }
 
 // open says whether a gate is passed although there is something to wait for.
-func (r *Rotator) open(op *ca.Operation, gate Gate, now time.Time) bool {
-	if slices.ContainsFunc(op.Forced, func(d ca.Decision) bool { return d.Gate == string(gate) }) {
+// What was forced before an abort was about the other root.
+func (r *Rotator) open(op *ca.Operation, s step, now time.Time) bool {
+	if slices.ContainsFunc(op.Forced, func(d ca.Decision) bool {
+		return d.Gate == string(s.gate) && (!s.back || d.At.After(op.Abort.At))
+	}) {
 		return true
 	}
-	if op.Deadline.IsZero() || op.Abort != nil {
+	if op.Deadline.IsZero() || s.back {
 		return false
 	}
-	if gate == BeforeActivate {
+	if s.gate == BeforeActivate {
 		return now.After(op.StartedAt.Add(op.Deadline.Sub(op.StartedAt) / emergencyShare))
 	}
 	return now.After(op.Deadline)
