@@ -28,6 +28,8 @@ test: need-gcc ## unit tests with the race detector, then end to end through the
 
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
 	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m ./test/e2e/...
+	@# Sixteen months in a bubble take a minute, with the race detector ten.
+	$(GO) test -tags long -count=1 -timeout 15m -run SixteenMonths ./server/rotation
 	@# With the pidfd check compiled out the same attack has to succeed, else
 	@# the harness proves nothing.
 	$(if $(ROOT),$(RACE) -tags 'root nopidfd' -count=1 -run Reused ./agent/attest)
