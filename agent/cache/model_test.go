@@ -119,7 +119,8 @@ func (w *world) step() string {
 			return "close"
 		}
 	case 4:
-		w.f.changeBundle(func() { w.f.signer.tainted = !w.f.signer.tainted })
+		old, next := w.f.signer, newAuthority("root")
+		w.f.changeBundle(func() { w.f.bundled, w.f.signer, old.tainted = append(w.f.bundled, next), next, true })
 		return "bundle"
 	case 5:
 		if w.IntN(4) == 0 {

@@ -254,9 +254,10 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 			j.first = e.failures == 1
 			failed = append(failed, j)
 			c.postpone(e, at.Add(e.wait.Next()))
-		case c.retired(j.svid):
-			// Signed while its root was being retired. Once the bundle that says
-			// so is acknowledged, nothing more may come into use under that root.
+		case c.retired(j.svid) || !c.trusted(j.svid):
+			// Signed while its root was being retired, and maybe tainted or gone
+			// by now. Once the bundle that says so is acknowledged, nothing more
+			// may come into use under that root.
 			c.postpone(e, at.Add(e.wait.Next()))
 			c.touch(e)
 			continue

@@ -164,6 +164,37 @@ func TestNothingNewComesUnderARetiredRoot(t *testing.T) {
 	})
 }
 
+// The same in an emergency: taint follows at once, and the agent may hear of both
+// in one bundle.
+func TestNothingNewComesUnderATaintedRoot(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "w/1", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		kept := must(s.Snapshot()).SVIDs[0]
+		old, next := f.signer, newAuthority("root 2")
+		f.changeBundle(func() { f.bundled, old.tainted = append(f.bundled, next), true })
+		f.set(entry("2", "w/2", "unix:uid:1"))
+		time.Sleep(8 * time.Minute)
+		got := must(s.Snapshot()).SVIDs
+		if len(got) != 1 || got[0] != kept {
+			t.Fatalf("%d SVIDs, want the one from before alone", len(got))
+		}
+		f.with(func() { f.signer = next })
+		time.Sleep(2 * time.Minute)
+		for _, svid := range must(s.Snapshot()).SVIDs {
+			if svid.AuthorityID != next.id() {
+				t.Errorf("%v is under the tainted root", svid.ID)
+			}
+		}
+		if n := len(must(s.Snapshot()).SVIDs); n != 2 {
+			t.Errorf("%d SVIDs", n)
+		}
+	})
+}
+
 func TestResumesWhereItWas(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {
 		f.chunk = 1 // every snapshot comes in several messages
