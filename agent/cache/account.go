@@ -143,7 +143,8 @@ func (c *Cache) saveMarks() {
 }
 
 // claims are what the cache reports that it holds: SVIDs that it would serve,
-// SVIDs that open streams were sent, and SVIDs on streams that are closed.
+// SVIDs that open streams were sent, SVIDs on streams that are closed, and SVIDs
+// that it would serve after a restart.
 func (c *Cache) claims(at time.Time) *agentv1.SyncRequest_Report {
 	live := map[string]*agentv1.SyncRequest_LiveSVIDs{}
 	count := func(authorityID string, n uint32, until time.Time) {
@@ -181,6 +182,11 @@ func (c *Cache) claims(at time.Time) *agentv1.SyncRequest_Report {
 				n = 1 // at least
 			}
 			count(d.authorityID, n, until)
+		}
+	}
+	for id, until := range c.onDisk {
+		if at.Before(until) && live[id] == nil {
+			count(id, 1, until) // at least
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(live)) {

@@ -2,6 +2,9 @@ package cache_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -336,6 +339,42 @@ func TestReportsWhatOpenStreamsStillHave(t *testing.T) {
 		w.send(two)
 		if l := liveUnderOld(); l != nil {
 			t.Errorf("with none: %v", l)
+		}
+	})
+}
+
+// What the sealed file would bring back after a restart counts as alive, until
+// the file is written anew.
+func TestReportsWhatARestartWouldBringBack(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("1", "web", "unix:uid:1"))
+		a.start()
+		time.Sleep(time.Minute)
+		old := f.signer
+		liveUnderOld := func() bool {
+			time.Sleep(31 * time.Second)
+			synctest.Wait()
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return slices.ContainsFunc(last(f.reports).GetLive(), func(l *agentv1.SyncRequest_LiveSVIDs) bool { return l.GetAuthorityId() == old.id() })
+		}
+		run, away := filepath.Dir(a.sealed()), filepath.Join(a.dir, "run.away")
+		if err := os.Rename(run, away); err != nil {
+			t.Fatal(err)
+		}
+		next := newAuthority("next")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		f.with(func() { f.signer = next })
+		f.changeBundle(func() { old.tainted = true })
+		if !liveUnderOld() {
+			t.Error("the file has an SVID under the old root, and the report does not")
+		}
+		if err := os.Rename(away, run); err != nil {
+			t.Fatal(err)
+		}
+		f.set(entry("2", "db", "unix:uid:2")) // the file is written again
+		if liveUnderOld() {
+			t.Error("the file was written anew, and the report has the old root")
 		}
 	})
 }

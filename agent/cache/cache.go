@@ -78,9 +78,12 @@ type Cache struct {
 	lastSync  time.Time
 	bundle    *state.Bundle
 	bundleDER []byte
-	verifier  *verifier
-	entries   map[string]*entry
-	byKey     map[selector.Selector]map[*entry]struct{}
+	// onDisk is until when SVIDs in the sealed file live, by the root that they
+	// are under: a restart brings them back.
+	onDisk   map[string]time.Time
+	verifier *verifier
+	entries  map[string]*entry
+	byKey    map[selector.Selector]map[*entry]struct{}
 	// Who is served.
 	groups        map[string]*group
 	groupsBy      map[selector.Selector]map[*group]struct{}

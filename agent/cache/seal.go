@@ -98,11 +98,25 @@ func (c *Cache) writeUnder(key state.CacheKey, content sealed) error {
 	// A ban may have come in the meantime.
 	c.mu.Lock()
 	purged := c.purged
+	c.noteOnDisk(content.records)
 	c.mu.Unlock()
 	if purged {
 		return c.removeSealed()
 	}
 	return c.state.Resealed(sealLabel, key)
+}
+
+// noteOnDisk keeps what the sealed file would bring back. It is part of what
+// the agent reports: until the file is written anew, an SVID that was replaced
+// may come into use again.
+func (c *Cache) noteOnDisk(records []sealedRecord) {
+	c.onDisk = map[string]time.Time{}
+	for _, r := range records {
+		if r.svid != nil && r.svid.NotAfter.After(c.onDisk[r.svid.AuthorityID]) {
+			c.onDisk[r.svid.AuthorityID] = r.svid.NotAfter
+		}
+	}
+	signal(c.accountCh)
 }
 
 // collect copies references; encoding needs no lock.
@@ -151,6 +165,7 @@ func (c *Cache) load() {
 	for _, r := range content.records {
 		c.restore(r, at)
 	}
+	c.noteOnDisk(content.records)
 }
 
 // restore puts one record into the cache.

@@ -107,6 +107,9 @@ func stamp(t time.Time) *timestamppb.Timestamp {
 
 func rootWarnings(roots []ca.Root, now time.Time) (out []string) {
 	for _, root := range roots {
+		if since := now.Sub(root.CreatedAt); root.State == ca.Prepared && since > 24*time.Hour {
+			out = append(out, fmt.Sprintf("the root %s has been prepared for %v and does not sign: no rotation begins by itself meanwhile; activate or revoke it", root.ID, since.Round(time.Hour)))
+		}
 		life := root.Certificate.NotAfter.Sub(root.Certificate.NotBefore)
 		if left := root.Certificate.NotAfter.Sub(now); root.State == ca.Active && left < life/3 {
 			out = append(out, fmt.Sprintf("the active root %s ends in %v, at %s: rotate it", root.ID, left.Round(time.Hour), root.Certificate.NotAfter.Format(time.RFC3339)))

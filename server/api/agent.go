@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
+	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/attest"
@@ -144,6 +145,10 @@ func (s *AgentService) issueAgent(ctx context.Context, id spiffeid.ID, key crypt
 	issued := registry.Issued{Under: under, Serial: svid.Serial, KeyHash: hash, NotAfter: svid.NotAfter, Authority: svid.AuthorityID}
 	if err := s.cfg.Registry.RecordIssued(ctx, id, issued); err != nil {
 		return nil, err
+	}
+	// From here on a rotation waits for it. Before, its root may have gone.
+	if !s.cfg.Authority.Published(svid.AuthorityID) {
+		return nil, fault.New(fault.NotReady, "root_replaced", "the root was replaced while the certificate was signed: ask again")
 	}
 	return &agentv1.Identity{
 		AgentId: id.String(), Chain: svid.Chain, Bundle: s.bundles.message(s.cfg.Authority.Bundle()),

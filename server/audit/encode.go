@@ -43,6 +43,7 @@ func appendLine(buf []byte, l *Line) []byte {
 		}
 		e.str("agent_id", t.AgentID)
 		e.str("authority_id", t.AuthorityID)
+		e.str("operation_id", t.OperationID)
 		e.end()
 	}
 	if w := l.Why; w != (Why{}) {

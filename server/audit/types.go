@@ -29,6 +29,7 @@ type Target struct {
 	EntryRevision int64
 	AgentID       string
 	AuthorityID   string
+	OperationID   string // of the rotation that it is a step of
 }
 
 // Why says which rule allowed it, and for acts of people their reason.

@@ -79,6 +79,12 @@ func (b *Bundle) Replaced() <-chan struct{} { return b.replaced }
 // Bundle returns the current trust bundle. It never blocks.
 func (a *Authority) Bundle() *Bundle { return a.current.Load().bundle }
 
+// Published says whether the root with this ID is in the current bundle.
+func (a *Authority) Published(id string) bool {
+	one := a.current.Load().view.find(id)
+	return one != nil && one.record.State.published()
+}
+
 // Authorities returns all authorities, revoked ones included, sorted by ID.
 func (a *Authority) Authorities() []Root { return a.current.Load().view.roots() }
 

@@ -41,6 +41,8 @@ type Order struct {
 	// same operation has made already succeeds and changes nothing.
 	Operation string
 	Reason    string
+	// Forced: the gate before the move was shut, and somebody passed it.
+	Forced bool
 }
 
 // Move is one change of state, as the root's record remembers it.
@@ -232,7 +234,13 @@ func (a *Authority) commitMove(ctx context.Context, v *view, p plan, o Order, ac
 
 // auditMove records what is about to be done, or why it was not.
 func (a *Authority) auditMove(ctx context.Context, o Order, action string, p plan, failed error) error {
-	line := audit.Line{Origin: o.By, Action: action, Why: audit.Why{Rule: "operator", Reason: o.Reason}, Result: audit.Result{Code: "ok"}}
+	line := audit.Line{
+		Origin: o.By, Action: action, Target: audit.Target{OperationID: o.Operation},
+		Why: audit.Why{Rule: "operator", Reason: o.Reason}, Result: audit.Result{Code: "ok"},
+	}
+	if o.Forced {
+		line.Why.Rule = "forced"
+	}
 	if len(p.changed) > 0 {
 		line.Target.AuthorityID = p.changed[0].record.ID
 	}

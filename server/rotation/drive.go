@@ -143,10 +143,10 @@ func (r *Rotator) drive(ctx context.Context) (look time.Duration, err error) {
 	if s.do == nil {
 		return 0, r.end(ctx, op, s.phase)
 	}
+	order := r.order(op)
 	if s.gate != "" {
-		waits := r.waits(s)
-		if len(waits) > 0 {
-			if !r.open(op, s, time.Now()) {
+		if waits := r.waits(s); len(waits) > 0 {
+			if order.Forced = r.open(op, s, time.Now()); !order.Forced {
 				return lookEvery, nil
 			}
 			if err := r.miss(ctx, op, waits); err != nil {
@@ -154,7 +154,7 @@ func (r *Rotator) drive(ctx context.Context) (look time.Duration, err error) {
 			}
 		}
 	}
-	if err := s.do(ctx, r.order(op)); err != nil {
+	if err := s.do(ctx, order); err != nil {
 		return 0, err
 	}
 	r.note(op)
@@ -232,7 +232,7 @@ func (r *Rotator) miss(ctx context.Context, op *ca.Operation, waits []Wait) erro
 
 func (r *Rotator) end(ctx context.Context, op *ca.Operation, phase Phase) error {
 	op.EndedAt, op.Outcome = time.Now().UTC(), string(phase)
-	if err := r.audit(ctx, server(), "rotation.end", op.From, op.Outcome, nil); err != nil {
+	if err := r.audit(ctx, server(), "rotation.end", audit.Target{AuthorityID: op.From, OperationID: op.ID}, op.Outcome, nil); err != nil {
 		return err
 	}
 	err := r.o.Authority.SaveOperation(ctx, op)

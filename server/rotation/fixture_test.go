@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -34,11 +35,15 @@ func (l *ledger) Record(_ context.Context, lines ...audit.Line) error {
 	return nil
 }
 
-func (l *ledger) count(action, code string) (n int) {
+func (l *ledger) taken(action string) []audit.Line {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, line := range l.lines {
-		if line.Action == action && line.Result.Code == code {
+	return slices.DeleteFunc(slices.Clone(l.lines), func(line audit.Line) bool { return line.Action != action })
+}
+
+func (l *ledger) count(action, code string) (n int) {
+	for _, line := range l.taken(action) {
+		if line.Result.Code == code {
 			n++
 		}
 	}

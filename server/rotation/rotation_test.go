@@ -228,6 +228,35 @@ func TestForcedGate(t *testing.T) {
 		if s.audit.count("rotation.force", "ok") != 1 || s.audit.count("rotation.force", "invalid") != 1 {
 			t.Error("audit lines are missing")
 		}
+		// Who reads the log sees which steps were forced, and of which rotation.
+		for action, rule := range map[string]string{"rotation.start": "operator", "root.prepare": "operator", "rotation.force": "operator", "root.activate": "forced"} {
+			lines := s.audit.taken(action)
+			last := lines[len(lines)-1]
+			if last.Why.Rule != rule || last.Target.OperationID != st.Operation.ID {
+				t.Errorf("%s: rule %q, operation %q", action, last.Why.Rule, last.Target.OperationID)
+			}
+		}
+		// A step by hand says so, too.
+		if _, err := s.rotator.Abort(t.Context(), s.request()); err != nil {
+			t.Fatal(err)
+		}
+		s.agent("b", func(a *agent) { a.asleep = false })
+		if st = s.after(10 * time.Second); st.Phase != rotation.Aborted {
+			t.Fatalf("%+v", st)
+		}
+		s.agent("b", func(a *agent) { a.asleep = true })
+		if _, err := s.rotator.Prepare(t.Context(), s.request()); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.rotator.Activate(t.Context(), s.request(), "", false)
+		wantReason(t, err, "not_acknowledged")
+		if _, err = s.rotator.Activate(t.Context(), s.request(), "", true); err != nil {
+			t.Fatal(err)
+		}
+		lines := s.audit.taken("root.activate")
+		if last := lines[len(lines)-1]; last.Why.Rule != "forced" || last.Why.Reason != "friday" || last.Result.Code != "ok" {
+			t.Errorf("forced by hand: %+v", last)
+		}
 	})
 }
 

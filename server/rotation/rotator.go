@@ -159,6 +159,9 @@ func (r *Rotator) Force(ctx context.Context, by Request) (Status, error) {
 			err = fault.New(fault.Precondition, "no_gate", "the rotation does not wait at a gate now")
 		}
 	}
+	if err == nil && r.open(op, at, time.Now()) {
+		return r.status(op), nil // that gate is open already
+	}
 	if err != nil {
 		return Status{}, r.refused(ctx, by, "rotation.force", err)
 	}
@@ -176,7 +179,7 @@ func (r *Rotator) underWay(ctx context.Context) (*ca.Operation, error) {
 
 // decided audits and stores what an operator decided, and has it acted upon.
 func (r *Rotator) decided(ctx context.Context, by Request, action string, op *ca.Operation) (Status, error) {
-	if err := r.audit(ctx, by.By, action, op.From, by.Reason, nil); err != nil {
+	if err := r.audit(ctx, by.By, action, audit.Target{AuthorityID: op.From, OperationID: op.ID}, by.Reason, nil); err != nil {
 		return Status{}, err
 	}
 	err := r.o.Authority.SaveOperation(ctx, op)
@@ -197,15 +200,15 @@ func (r *Rotator) decided(ctx context.Context, by Request, action string, op *ca
 
 // refused audits a refusal and returns it.
 func (r *Rotator) refused(ctx context.Context, by Request, action string, err error) error {
-	if aerr := r.audit(ctx, by.By, action, "", by.Reason, err); aerr != nil {
+	if aerr := r.audit(ctx, by.By, action, audit.Target{}, by.Reason, err); aerr != nil {
 		return aerr
 	}
 	return err
 }
 
-func (r *Rotator) audit(ctx context.Context, by audit.Origin, action, authority, reason string, err error) error {
+func (r *Rotator) audit(ctx context.Context, by audit.Origin, action string, target audit.Target, reason string, err error) error {
 	line := audit.Line{
-		Origin: by, Action: action, Target: audit.Target{AuthorityID: authority},
+		Origin: by, Action: action, Target: target,
 		Why: audit.Why{Rule: "operator", Reason: reason}, Result: audit.Result{Code: "ok"},
 	}
 	if err != nil {

@@ -3,6 +3,7 @@ package rotation
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -25,13 +26,14 @@ func (r *Rotator) Prepare(ctx context.Context, by Request) (ca.Root, error) {
 // Activate lets a prepared root sign. An empty id means the prepared one.
 func (r *Rotator) Activate(ctx context.Context, by Request, id string, force bool) (ca.Root, error) {
 	root, err := r.pick(ctx, id, ca.Prepared)
+	order := by.order()
 	if err == nil && root.State == ca.Prepared {
-		err = passable(r.Gates(BeforeActivate, root), by, force, "not_acknowledged")
+		order.Forced, err = r.passable(ctx, r.Gates(BeforeActivate, root), by, force, "not_acknowledged")
 	}
 	if err != nil {
 		return ca.Root{}, r.refused(ctx, by, "root.activate", err)
 	}
-	return r.moved(root.ID, r.o.Authority.Activate(ctx, root.ID, by.order()))
+	return r.moved(root.ID, r.o.Authority.Activate(ctx, root.ID, order))
 }
 
 // Taint has everything under a retired root replaced at once. An empty id means
@@ -48,13 +50,14 @@ func (r *Rotator) Taint(ctx context.Context, by Request, id string) (ca.Root, er
 // the retired or tainted one.
 func (r *Rotator) Revoke(ctx context.Context, by Request, id string, force bool) (ca.Root, error) {
 	root, err := r.pick(ctx, id, ca.Retired, ca.Tainted)
+	order := by.order()
 	if err == nil && (root.State == ca.Retired || root.State == ca.Tainted) {
-		err = passable(r.Gates(BeforeRevoke, root), by, force, "would_break_live_svids")
+		order.Forced, err = r.passable(ctx, r.Gates(BeforeRevoke, root), by, force, "would_break_live_svids")
 	}
 	if err != nil {
 		return ca.Root{}, r.refused(ctx, by, "root.revoke", err)
 	}
-	return r.moved(root.ID, r.o.Authority.Revoke(ctx, root.ID, by.order()))
+	return r.moved(root.ID, r.o.Authority.Revoke(ctx, root.ID, order))
 }
 
 func (by Request) order() ca.Order {
@@ -104,17 +107,25 @@ func (r *Rotator) moved(id string, err error) (ca.Root, error) {
 // maxTold is how many of those that a gate waits for an error names.
 const maxTold = 5
 
-// passable says whether a step may be made although there is something to wait
-// for.
-func passable(waits []Wait, by Request, force bool, reason string) error {
+// passable says whether a step may be made, and whether it is only because its
+// gate is forced.
+func (r *Rotator) passable(ctx context.Context, waits []Wait, by Request, force bool, reason string) (forced bool, err error) {
 	switch {
 	case len(waits) == 0:
-		return nil
-	case force && by.Reason != "":
-		return nil
-	case force:
-		return fault.New(fault.Invalid, "reason_missing", "say why the gate is forced: it goes into the audit log")
+		return false, nil
+	case !force:
+		return false, notYet(waits, reason)
+	case by.Reason == "":
+		return false, fault.New(fault.Invalid, "reason_missing", "say why the gate is forced: it goes into the audit log")
 	}
+	for _, w := range waits[:min(len(waits), maxMissed)] {
+		r.o.Log.LogAttrs(ctx, slog.LevelError, "not waited for, as the gate is forced", slog.String("who", by.Who), slog.String("waits_for", w.String()))
+	}
+	return true, nil
+}
+
+// notYet says what a gate waits for, in a line.
+func notYet(waits []Wait, reason string) error {
 	var last time.Time
 	told := make([]string, 0, maxTold)
 	for i, w := range waits {
