@@ -47,7 +47,7 @@ func guideCommands(t *testing.T, heading string, words ...string) (commands []st
 	section = regexp.MustCompile(`\\\n\s*`).ReplaceAllString(section, "")
 	for _, line := range strings.Split(section, "\n") {
 		for _, word := range words {
-			if strings.HasPrefix(line, "       "+word+" ") {
+			if strings.HasPrefix(line, "    ") && strings.HasPrefix(strings.TrimSpace(line), word+" ") {
 				commands = append(commands, strings.TrimSpace(line))
 			}
 		}
