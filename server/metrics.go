@@ -1,6 +1,8 @@
 package server
 
 import (
+	"context"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/seed-caa81108/assay/pkg/rpc"
@@ -21,4 +23,17 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	reg.MustRegister(m.svidNotAfter)
 	return m
+}
+
+// newReadyGauge tells what ready tells, whenever it is collected.
+func newReadyGauge(ready func(context.Context) error) prometheus.GaugeFunc {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "assay_server_ready",
+		Help: "1 while the server can sign and keeps its audit log and store, as /readyz says, else 0.",
+	}, func() float64 {
+		if ready(context.Background()) != nil {
+			return 0
+		}
+		return 1
+	})
 }

@@ -49,7 +49,9 @@ func New(cfg Config, deps Deps) (*Server, error) {
 	if deps.Log == nil || deps.Registerer == nil {
 		return nil, errors.New("make server: Log and Registerer are needed")
 	}
-	return &Server{cfg: cfg, deps: deps, metrics: newMetrics(deps.Registerer), started: make(chan struct{}), stopping: make(chan struct{})}, nil
+	s := &Server{cfg: cfg, deps: deps, metrics: newMetrics(deps.Registerer), started: make(chan struct{}), stopping: make(chan struct{})}
+	deps.Registerer.MustRegister(newReadyGauge(s.Ready))
+	return s, nil
 }
 
 // WriteSealKey makes a new seal key in a file that must not exist.

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -57,6 +58,7 @@ type site struct {
 	opts  ca.Options
 	audit *ledger
 
+	registry  *prometheus.Registry // of the rotator
 	authority *ca.Authority
 	rotator   *rotation.Rotator
 	stop      context.CancelFunc
@@ -109,9 +111,10 @@ func (s *site) start() {
 	if s.authority, err = ca.Open(s.t.Context(), s.opts); err != nil {
 		s.t.Fatal(err)
 	}
+	s.registry = prometheus.NewPedanticRegistry()
 	s.rotator = rotation.New(rotation.Options{
 		Authority: s.authority, Fleet: s.fleet, MaxTTL: time.Hour, Audit: s.audit, Log: s.opts.Log, Automatic: s.automatic,
-		OwnAuthority: func() string { return s.authority.Issuer().AuthorityID },
+		OwnAuthority: func() string { return s.authority.Issuer().AuthorityID }, Registerer: s.registry,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/audit"
@@ -36,6 +38,7 @@ const (
 // Authority is the part of ca.Authority that a rotation moves.
 type Authority interface {
 	Authorities() []ca.Root
+	Bundle() *ca.Bundle
 	Prepare(ctx context.Context, o ca.Order) (ca.Root, error)
 	Activate(ctx context.Context, id string, o ca.Order) error
 	Taint(ctx context.Context, id string, o ca.Order) error
@@ -63,6 +66,8 @@ type Options struct {
 	Automatic bool
 	Audit     Auditor
 	Log       *slog.Logger
+	// Registerer, if there is one, gets the metrics.
+	Registerer prometheus.Registerer
 }
 
 // Rotator drives the rotation under way and answers for its gates.
@@ -78,7 +83,11 @@ type Rotator struct {
 
 // New returns a Rotator that drives nothing until Run.
 func New(o Options) *Rotator {
-	return &Rotator{o: o, changed: make(chan struct{}), poke: make(chan struct{}, 1), stopped: make(chan struct{})}
+	r := &Rotator{o: o, changed: make(chan struct{}), poke: make(chan struct{}, 1), stopped: make(chan struct{})}
+	if o.Registerer != nil {
+		o.Registerer.MustRegister(newMetrics(r))
+	}
+	return r
 }
 
 // Request is what an operator wants, and who it is.
