@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench conformance generate generate-check released docs zlint lint fmt long fuzz clean
+.PHONY: build demo test check bench conformance generate generate-check released docs zlint alerts lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -34,7 +34,7 @@ long: need-gcc need-strace ## the suites that take longer: endurance, kill point
 	@# the harness proves nothing.
 	$(if $(ROOT),$(RACE) -tags 'root nopidfd' -count=1 -run Reused ./agent/attest)
 
-check: generate-check lint zlint ## everything that must hold before a commit
+check: generate-check lint zlint alerts ## everything that must hold before a commit
 	$(GO) vet ./...
 	$(GO) vet -tags 'e2e long root' ./...
 	$(MAKE) test
@@ -70,6 +70,13 @@ zlint: build $(TOOLS)/zlint ## every kind of certificate that is made, by RFC 52
 	$(GO) run ./test/certificates -bin $(BIN) -o $(OUT)/certificates
 	$(TOOLS)/zlint $(OUT)/certificates
 
+# A dashboard has no checker of its own: its queries are checked as rules.
+alerts: $(TOOLS)/promtool ## the alert rules fire when they should, and the dashboard's queries are queries
+	$(TOOLS)/promtool check rules deploy/prometheus/assay.rules.yaml
+	$(TOOLS)/promtool test rules deploy/prometheus/*.test.yaml
+	$(GO) run ./test/dashboard deploy/grafana/assay.json >$(OUT)/dashboard.rules.yaml
+	$(TOOLS)/promtool check rules $(OUT)/dashboard.rules.yaml
+
 docs: ## docs/reference from the source; make test says when that is due
 	$(GO) test -count=1 -run Reference ./cmd/... ./test/reference -update
 
@@ -94,6 +101,11 @@ $(TOOLS)/golangci-lint: test/tools/lint/go.mod
 	cd test/tools/lint && $(GO) build -o $(abspath $(TOOLS))/ tool
 $(TOOLS)/zlint: test/tools/zlint/go.mod $(wildcard test/tools/zlint/*.go)
 	cd test/tools/zlint && $(GO) vet . && $(GO) build -o $(abspath $(TOOLS))/ .
+
+# Without the plugins that find targets in clouds, which take long to build and
+# check no rule.
+$(TOOLS)/promtool: test/tools/promtool/go.mod
+	cd test/tools/promtool && $(GO) build -tags remove_all_sd -o $(abspath $(TOOLS))/ tool
 
 .PHONY: need-gcc need-strace
 need-strace: # root's tests make system calls of the server fail
