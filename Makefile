@@ -105,7 +105,7 @@ $(TOOLS)/zlint: test/tools/zlint/go.mod $(wildcard test/tools/zlint/*.go)
 # Without the plugins that find targets in clouds, which take long to build and
 # check no rule.
 $(TOOLS)/promtool: test/tools/promtool/go.mod
-	cd test/tools/promtool && $(GO) build -tags remove_all_sd -o $(abspath $(TOOLS))/ tool
+	cd test/tools/promtool && $(GO) build -tags remove_all_sd -trimpath -ldflags '-s -w' -o $(abspath $(TOOLS))/ tool
 
 .PHONY: need-gcc need-strace
 need-strace: # root's tests make system calls of the server fail
