@@ -35,6 +35,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if filepath.Base(os.Args[0]) == "probe" {
+		if err := playProbe(os.Args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, "probe:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	code := func() int {
 		dir, err := os.MkdirTemp("", "assay-bin-")
 		if err != nil {
