@@ -231,7 +231,7 @@ func TestAThousandAgentsComeBack(t *testing.T) {
 	<-time.After(herdOutage)
 	s.StartServer()
 	stop := h.probes()
-	back := h.back(time.Minute)
+	back := h.back(5 * time.Minute)
 	probes := stop()
 	if len(probes) < 100 {
 		t.Fatalf("only %d calls meanwhile: they prove nothing", len(probes))
