@@ -15,7 +15,7 @@ const (
 	maxField = 2048
 	// maxLine bounds a whole line: every string at its bound and every byte of
 	// it escaped stays below.
-	maxLine = 256 << 10
+	maxLine = 288 << 10
 )
 
 // encoder appends JSON object members. It is the allow-list of the log: it

@@ -34,6 +34,7 @@ type parsed struct {
 		EntryRev    int64  `json:"entry_rev"`
 		AgentID     string `json:"agent_id"`
 		AuthorityID string `json:"authority_id"`
+		OperationID string `json:"operation_id"`
 	} `json:"target"`
 	Why struct {
 		Rule           string `json:"rule"`
@@ -81,7 +82,7 @@ func fullLine() Line {
 			SPIFFEID: "spiffe://example.org/op", Serial: "0a0b",
 		}},
 		Action: "x509_sign",
-		Target: Target{SPIFFEID: "spiffe://example.org/a", ParentID: "spiffe://example.org/node", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa"},
+		Target: Target{SPIFFEID: "spiffe://example.org/a", ParentID: "spiffe://example.org/node", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa", OperationID: "op1"},
 		Why:    Why{Rule: "entry", SelectorsHash: "5e", Reason: "ticket 12"},
 		Result: Result{Code: "denied", Reason: "agent_banned", Cause: "chain_untrusted"},
 		Cert:   &Cert{Serial: "cc", SPKISHA256: "dd", NotBefore: time.Unix(100, 0), NotAfter: time.Unix(200, 0), IssuerSKI: "ee"},
@@ -102,7 +103,7 @@ func TestLineHoldsEveryField(t *testing.T) {
 		t.Errorf("origin and action: %+v", p)
 	}
 	g := p.Target
-	if g.SPIFFEID != "spiffe://example.org/a" || g.EntryID != "e1" || g.EntryRev != 3 || g.AgentID != "spiffe://example.org/agent" || g.AuthorityID != "aa" {
+	if g.SPIFFEID != "spiffe://example.org/a" || g.EntryID != "e1" || g.EntryRev != 3 || g.AgentID != "spiffe://example.org/agent" || g.AuthorityID != "aa" || g.OperationID != "op1" {
 		t.Errorf("target: %+v", g)
 	}
 	if p.Why.Rule != "entry" || p.Why.SelectorsHash != "5e" || p.Why.OperatorReason != "ticket 12" {
@@ -146,7 +147,7 @@ func TestOnlyDeclaredPlainFieldsExist(t *testing.T) {
 		}
 	}
 	walk(reflect.TypeFor[Line](), "Line")
-	if fields != 27 {
+	if fields != 28 {
 		t.Errorf("Line has %d fields: a new one must be added to appendLine, to fullLine and to this number", fields)
 	}
 }
