@@ -43,16 +43,7 @@ func (w World) Activate(root ca.Root) []Wait {
 	if until := root.HandedBefore; until.After(w.Now) {
 		waits = append(waits, Wait{Why: "certificates handed out without an agent before the new root was published have not ended", Until: until})
 	}
-	for i := range w.Fleet {
-		a := &w.Fleet[i]
-		if !w.counts(a) {
-			continue
-		}
-		if why, until := w.notServed(a, root); why != "" {
-			waits = append(waits, Wait{AgentID: a.ID.String(), Why: why, Until: until})
-		}
-	}
-	return waits
+	return append(waits, w.agents(root, w.notServed)...)
 }
 
 // notServed says why an agent and its workloads may not have root yet.
@@ -84,13 +75,18 @@ func (w World) Revoke(root ca.Root) []Wait {
 	if !root.StreamUntil.After(w.Now) {
 		return waits // all that agents ever got under it has ended
 	}
+	return append(waits, w.agents(root, w.holds)...)
+}
+
+// agents returns those of the agents that count for which why has a reason.
+func (w World) agents(root ca.Root, why func(*registry.AgentStatus, ca.Root) (string, time.Time)) (waits []Wait) {
 	for i := range w.Fleet {
 		a := &w.Fleet[i]
 		if !w.counts(a) {
 			continue
 		}
-		if why, until := w.holds(a, root); why != "" {
-			waits = append(waits, Wait{AgentID: a.ID.String(), Why: why, Until: until})
+		if reason, until := why(a, root); reason != "" {
+			waits = append(waits, Wait{AgentID: a.ID.String(), Why: reason, Until: until})
 		}
 	}
 	return waits

@@ -7,9 +7,6 @@ import (
 	"fmt"
 	"math/big"
 	"os"
-	"runtime"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -103,31 +100,18 @@ func (c *adminClient) fillNode(parent string) {
 func (b *bench) bothSidesLimit() float64 {
 	key := b.key()
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	var count atomic.Int64
-	var wg sync.WaitGroup
-	begin := time.Now()
-	for range runtime.NumCPU() {
-		wg.Go(func() {
-			for time.Since(begin) < measureFor {
-				req, err := x509.ParseCertificateRequest(b.csr(b.key()))
-				if err == nil {
-					err = req.CheckSignature()
-				}
-				var der []byte
-				if err == nil {
-					der, err = x509.CreateCertificate(rand.Reader, template, template, req.PublicKey, key)
-				}
-				if err == nil {
-					_, err = x509.ParseCertificate(der)
-				}
-				if err != nil {
-					b.Errorf("%v", err)
-					return
-				}
-				count.Add(1)
-			}
-		})
-	}
-	wg.Wait()
-	return float64(count.Load()) / time.Since(begin).Seconds()
+	return b.onAllCores(func() error {
+		req, err := x509.ParseCertificateRequest(b.csr(b.key()))
+		if err == nil {
+			err = req.CheckSignature()
+		}
+		var der []byte
+		if err == nil {
+			der, err = x509.CreateCertificate(rand.Reader, template, template, req.PublicKey, key)
+		}
+		if err == nil {
+			_, err = x509.ParseCertificate(der)
+		}
+		return err
+	})
 }
