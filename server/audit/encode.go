@@ -94,6 +94,8 @@ type stamp struct {
 	prev digest
 	wall time.Time
 	mono time.Duration
+	// revision is one that the store has reached; zero: none is known.
+	revision int64
 }
 
 // appendHead opens a line with the writer's members.
@@ -105,7 +107,12 @@ func appendHead(buf []byte, s stamp) []byte {
 	buf = append(buf, `","time_wall":"`...)
 	buf = s.wall.UTC().AppendFormat(buf, time.RFC3339Nano)
 	buf = append(buf, `","time_mono":`...)
-	return strconv.AppendInt(buf, int64(s.mono), 10)
+	buf = strconv.AppendInt(buf, int64(s.mono), 10)
+	if s.revision > 0 {
+		buf = append(buf, `,"store_revision":`...)
+		buf = strconv.AppendInt(buf, s.revision, 10)
+	}
+	return buf
 }
 
 // appendTail closes a line, its newline not included.

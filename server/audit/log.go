@@ -44,6 +44,26 @@ type Log struct {
 	seq      uint64 // number of the last line
 	head     digest // hash of the last line
 	buf      []byte
+	reached  int64        // the store's revision that the last line names
+	revision func() int64 // the store's now; nil before Follow
+}
+
+// Reached is the store's revision that the last line names: a store that has
+// not come as far is not the one that the log went along with. Zero if no line
+// names one.
+func (l *Log) Reached() int64 {
+	<-l.turn
+	defer func() { l.turn <- struct{}{} }()
+	return l.reached
+}
+
+// Follow has every line from now on name the revision that the store has
+// reached. revision must not block, and must not name what could be lost in a
+// power cut.
+func (l *Log) Follow(revision func() int64) {
+	<-l.turn
+	defer func() { l.turn <- struct{}{} }()
+	l.revision = revision
 }
 
 // disk is what a disk can refuse. Tests refuse in its place.
@@ -214,7 +234,10 @@ func (l *Log) chain(b *batch) (uint64, digest, error) {
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
 		return 0, digest{}, fault.Wrap(fault.NotReady, err, "audit_failed", "the boot clock can't be read")
 	}
-	s := stamp{seq: l.seq, prev: l.head, wall: time.Now(), mono: time.Duration(boot.Nano())}
+	if l.revision != nil {
+		l.reached = l.revision()
+	}
+	s := stamp{seq: l.seq, prev: l.head, wall: time.Now(), mono: time.Duration(boot.Nano()), revision: l.reached}
 	l.buf = l.buf[:0]
 	begin := 0
 	for _, end := range b.ends {

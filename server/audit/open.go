@@ -132,7 +132,7 @@ func (l *Log) follow(line []byte, path string) error {
 	if err != nil {
 		return corrupt(path, err)
 	}
-	l.seq, l.head = at.seq, sha256.Sum256(line)
+	l.seq, l.head, l.reached = at.seq, sha256.Sum256(line), at.revision
 	return nil
 }
 

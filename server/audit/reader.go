@@ -25,8 +25,9 @@ type digest [sha256.Size]byte
 
 // link is what a line says about its place in the chain.
 type link struct {
-	seq  uint64
-	prev digest
+	seq      uint64
+	prev     digest
+	revision int64 // of the store when it was written, at least; zero if it does not say
 }
 
 var (
@@ -38,16 +39,17 @@ var (
 // that a line of a newer version is still a line.
 func parseLink(line []byte) (link, error) {
 	var raw struct {
-		Seq      uint64 `json:"seq"`
-		PrevHash string `json:"prev_hash"`
-		Audit    bool   `json:"audit"`
+		Seq           uint64 `json:"seq"`
+		PrevHash      string `json:"prev_hash"`
+		StoreRevision int64  `json:"store_revision"`
+		Audit         bool   `json:"audit"`
 	}
 	if err := json.Unmarshal(line, &raw); err != nil {
 		return link{}, fmt.Errorf("%w: %w", errNotALine, err)
 	}
-	l := link{seq: raw.Seq}
+	l := link{seq: raw.Seq, revision: raw.StoreRevision}
 	prev, err := hex.DecodeString(raw.PrevHash)
-	if err != nil || len(prev) != len(l.prev) || raw.Seq == 0 || raw.Seq == math.MaxUint64 || !raw.Audit {
+	if err != nil || len(prev) != len(l.prev) || raw.Seq == 0 || raw.StoreRevision < 0 || raw.Seq == math.MaxUint64 || !raw.Audit {
 		return link{}, errNotALine
 	}
 	copy(l.prev[:], prev)
@@ -110,21 +112,12 @@ type Report struct {
 // number and hash noted elsewhere. A rotation during the check can look like a
 // gap; check again.
 func Verify(path string) (Report, error) {
-	var rep Report
-	numbers, err := rotated(path)
+	var v verifier
+	files, err := v.files(path)
 	if err != nil {
-		return rep, err
+		return Report{}, err
 	}
-	v := verifier{}
-	for _, n := range slices.Backward(numbers) {
-		if err := v.file(numbered(path, n), false); err != nil {
-			return rep, err
-		}
-	}
-	if err := v.file(path, true); err != nil {
-		return rep, err
-	}
-	rep = Report{Files: len(numbers) + 1, Lines: v.lines, First: v.first, Last: v.seq, Torn: v.torn}
+	rep := Report{Files: files, Lines: v.lines, First: v.first, Last: v.seq, Torn: v.torn}
 	if v.lines > 0 {
 		rep.Hash = hex.EncodeToString(v.prev[:])
 	}
@@ -132,9 +125,25 @@ func Verify(path string) (Report, error) {
 }
 
 type verifier struct {
+	visit       func(line []byte) error // called for each line; nil: for none
 	lines, torn int64
 	first, seq  uint64
 	prev        digest
+}
+
+// files goes through the older files and then the one at path, and returns how
+// many they are.
+func (v *verifier) files(path string) (int, error) {
+	numbers, err := rotated(path)
+	if err != nil {
+		return 0, err
+	}
+	for _, n := range slices.Backward(numbers) {
+		if err := v.file(numbered(path, n), false); err != nil {
+			return 0, err
+		}
+	}
+	return len(numbers) + 1, v.file(path, true)
 }
 
 func (v *verifier) file(path string, newest bool) error {
@@ -183,6 +192,9 @@ func (v *verifier) line(line []byte, path string, n int) error {
 	v.lines++
 	v.seq = l.seq
 	v.prev = sha256.Sum256(line)
+	if v.visit != nil {
+		return v.visit(line)
+	}
 	return nil
 }
 

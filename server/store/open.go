@@ -64,7 +64,7 @@ func openLocked(cfg BoltConfig) (*Bolt, error) {
 		return nil, err
 	}
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-		if err := create(path, cfg.NoSync); err != nil {
+		if err := create(path, cfg.NoSync, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -103,9 +103,9 @@ func openLocked(cfg BoltConfig) (*Bolt, error) {
 	return b, nil
 }
 
-// create makes an empty store. bbolt can leave a broken file when the power
-// fails while it makes one, hence the other name.
-func create(path string, noSync bool) error {
+// create makes a store, an empty one or what fill makes of it. bbolt can leave a
+// broken file when the power fails while it makes one, hence the other name.
+func create(path string, noSync bool, fill func(*bbolt.DB) error) error {
 	temp := path + ".new"
 	// What a crash left, or a link that was planted: the link goes, not its target.
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -134,11 +134,18 @@ func create(path string, noSync bool) error {
 		}
 		return meta.Put([]byte(headKey), head{revision: 1, time: time.Now()}.encode())
 	})
-	if err == nil {
+	var refused error
+	if err == nil && fill != nil {
+		refused = fill(db)
+	}
+	if err == nil && refused == nil {
 		err = db.Sync()
 	}
 	if err := errors.Join(err, db.Close()); err != nil {
 		return unreadable(temp, err)
+	}
+	if refused != nil {
+		return errors.Join(refused, os.Remove(temp))
 	}
 	return durable.Rename(temp, path)
 }
