@@ -174,7 +174,7 @@ func (s *Server) registerOperators(srv *grpc.Server, r *rooms, guards ...registr
 	svidv1.RegisterSVIDServer(srv, api.NewSVIDService(r.authority, r.audit))
 	adminv1.RegisterAdminServer(srv, api.NewAdminService(api.AdminServiceConfig{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
-		Stopping: s.stopping,
+		Spool: s.spool(r), Audit: r.audit, Stopping: s.stopping,
 	}))
 	adminv1.RegisterRotationServer(srv, api.NewRotationService(r.authority, r.rotator))
 	localauthorityv1.RegisterLocalAuthorityServer(srv, api.NewLocalAuthorityService(r.authority, r.rotator))

@@ -29,6 +29,7 @@ type rooms struct {
 	port      net.Listener          // of agents
 	store     *store.Bolt
 	audit     *audit.Log
+	seal      keys.SealKey
 	authority *ca.Authority
 	registry  *registry.Registry
 	rotator   *rotation.Rotator
@@ -64,8 +65,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	for _, text := range r.warnings {
 		s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "configuration needs attention", slog.String("warning", text))
 	}
-	seal, err := keys.LoadSealKey(s.cfg.SealKeyFile)
-	if err != nil {
+	if r.seal, err = keys.LoadSealKey(s.cfg.SealKeyFile); err != nil {
 		return nil, err
 	}
 	if r.nodeRoots, err = loadNodeRoots(s.cfg.Attestation.X509Pop.CABundleFile); err != nil {
@@ -84,11 +84,14 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, err
 	}
 	r.closers = append(r.closers, r.audit.Close)
+	if err := checkRollback(r.store, r.audit); err != nil {
+		return nil, err
+	}
 	r.refusals = api.NewRefusals(r.audit, s.deps.Log)
 	td := s.cfg.trustDomain()
 	if r.authority, err = ca.Open(ctx, ca.Options{
 		TrustDomain: td, Config: s.cfg.CA, AgentSVIDTTL: s.cfg.Attestation.AgentSVIDTTL, Bootstrap: s.cfg.Bootstrap,
-		ReservedPrefix: s.cfg.prefix(), Store: r.store, Keys: keys.NewSealed(seal, td), MAC: seal.MAC,
+		ReservedPrefix: s.cfg.prefix(), Store: r.store, Keys: keys.NewSealed(r.seal, td), MAC: r.seal.MAC,
 		Audit: r.audit, Clock: schedule.SystemClock(), Log: s.deps.Log, Registerer: s.deps.Registerer,
 	}); err != nil {
 		return nil, fmt.Errorf("open authority: %w", err)
@@ -103,6 +106,20 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	return r, nil
+}
+
+// checkRollback refuses a store that has not come as far as the audit log says
+// that it once had: a copy of an earlier day was put in its place, and tokens
+// that were used, bans and roots that were replaced are forgotten. An empty
+// store is another matter, see bootstrap.
+func checkRollback(kv *store.Bolt, log *audit.Log) error {
+	has, had := kv.Revision(), log.Reached()
+	if has > store.FirstRevision && has < had {
+		return fault.Newf(fault.Precondition, "store_rollback",
+			"the store is at revision %d and the audit log knows of %d: it went back in time; put the newest store in place, or make this one fit for use with assay-server restore --accept-rollback", has, had)
+	}
+	log.Follow(kv.Revision)
+	return nil
 }
 
 // maxNodeRoots bounds the file of loadNodeRoots.

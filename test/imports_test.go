@@ -21,11 +21,11 @@ var rooms = map[string][]string{
 	"cmd/assay-agent":  {"agent", "pkg/daemon", "pkg/fault"},
 
 	"server": {
-		"server/api", "server/attest", "server/audit", "server/ca", "server/keys", "server/registry", "server/rotation", "server/store",
+		"server/api", "server/attest", "server/audit", "server/backup", "server/ca", "server/keys", "server/registry", "server/rotation", "server/store",
 		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule",
 	},
 	"server/api": {
-		"server/attest", "server/audit", "server/ca", "server/registry", "server/rotation",
+		"server/attest", "server/audit", "server/backup", "server/ca", "server/registry", "server/rotation",
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
 	"server/rotation": {"server/audit", "server/ca", "server/registry", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
@@ -35,6 +35,7 @@ var rooms = map[string][]string{
 	"server/keys":     {"pkg/durable", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/store":    {"pkg/durable", "pkg/fault"},
+	"server/backup":   {"server/store", "pkg/fault"},
 
 	"server/store/storetest": {"server/store", "pkg/fault"},
 

@@ -94,7 +94,7 @@ full, 74 input or output, 75 conflict or try again, 77 not permitted,
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(
 		newSVIDCommand(t), newEntryCommand(t), newAgentCommand(t), newTokenCommand(t),
-		newBundleCommand(t), newX509Command(t), newRootCommand(t), newStatusCommand(t), newWaitCommand(t),
+		newBundleCommand(t), newX509Command(t), newRootCommand(t), newStatusCommand(t), newWaitCommand(t), newBackupCommand(t),
 		newDevCommand(t), newVersionCommand(t),
 	)
 	completeGroups(root)

@@ -29,11 +29,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -46,14 +49,59 @@ import (
 // (O_EXCL, O_NOFOLLOW), fchmod, write, fsync, close, rename, fsync of the
 // directory. A crash may leave the new file under its temporary name, which
 // starts with a dot and ends in .tmp; Sweep removes it.
-func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
-	if err := CheckWritable(path); err != nil {
+func WriteFile(path string, data []byte, perm fs.FileMode) error {
+	temp, err := writeTemp(path, perm, func(w io.Writer) error {
+		_, err := w.Write(data)
+		return err
+	})
+	if err != nil {
 		return err
 	}
-	temp := tempName(path)
+	if err := Rename(temp, path); err != nil {
+		_ = os.Remove(temp)
+		return err
+	}
+	return nil
+}
+
+// CreateFile makes a file of what write writes, with exactly this mode. It
+// replaces nothing: a path that exists is fault.Exists with reason file_exists.
+// After a crash at any moment, or an error, the path has the whole content or
+// does not exist. The path must pass CheckWritable.
+func CreateFile(path string, perm fs.FileMode, write func(io.Writer) error) error {
+	exists := fault.New(fault.Exists, "file_exists", path+" is there already: choose another name")
+	if _, err := os.Lstat(path); err == nil {
+		return exists // before the work, not only after it
+	}
+	temp, err := writeTemp(path, perm, write)
+	if err != nil {
+		return err
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) { // not every network file system can
+		err = os.Link(temp, path)
+		_ = os.Remove(temp)
+	}
+	if err == nil {
+		return SyncDir(dirOf(path))
+	}
+	_ = os.Remove(temp)
+	if errors.Is(err, fs.ErrExist) {
+		return exists
+	}
+	return diskError("create", path, err)
+}
+
+// writeTemp writes a file next to path, makes it durable and returns its name.
+// What write returns is returned as it is.
+func writeTemp(path string, perm fs.FileMode, write func(io.Writer) error) (temp string, err error) {
+	if err := CheckWritable(path); err != nil {
+		return "", err
+	}
+	temp = tempName(path)
 	f, err := createNew(temp, perm)
 	if err != nil {
-		return diskError("create", path, err)
+		return "", diskError("create", path, err)
 	}
 	defer func() {
 		if err != nil {
@@ -61,16 +109,31 @@ func WriteFile(path string, data []byte, perm fs.FileMode) (err error) {
 			_ = os.Remove(temp)
 		}
 	}()
-	if _, err := f.Write(data); err != nil {
-		return diskError("write", path, err)
+	out := &diskWriter{file: f, path: path}
+	if err := write(out); err != nil {
+		return "", err
 	}
 	if err := f.Sync(); err != nil {
-		return diskError("sync", path, err)
+		return "", diskError("sync", path, err)
 	}
 	if err := f.Close(); err != nil {
-		return diskError("close", path, err)
+		return "", diskError("close", path, err)
 	}
-	return Rename(temp, path)
+	return temp, nil
+}
+
+// diskWriter says of which file an error of writing is.
+type diskWriter struct {
+	file *os.File
+	path string
+}
+
+func (w *diskWriter) Write(p []byte) (int, error) {
+	n, err := w.file.Write(p)
+	if err != nil {
+		err = diskError("write", w.path, err)
+	}
+	return n, err
 }
 
 // Sweep removes what crashes in WriteFile(path, ...) left behind. The directory

@@ -3,6 +3,7 @@ package durable
 import (
 	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -269,5 +270,42 @@ func TestSweepRemovesLeftoversOfItsFileAlone(t *testing.T) {
 		if _, err := os.Lstat(file); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is still there", file)
 		}
+	}
+}
+
+func TestCreateFileMakesAWholeNewFileOrNone(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "f")
+	text := func(s string) func(io.Writer) error {
+		return func(w io.Writer) error {
+			_, err := io.WriteString(w, s)
+			return err
+		}
+	}
+	old := syscall.Umask(0o777)
+	err := CreateFile(path, 0o600, text("one"))
+	syscall.Umask(old)
+	info, serr := os.Stat(path)
+	if err != nil || serr != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("%v, %v, %v", err, serr, info)
+	}
+	// What is there, a link included, stays, whenever it came.
+	ran := false
+	err = CreateFile(path, 0o600, func(io.Writer) error { ran = true; return nil })
+	if fault.ReasonOf(err) != "file_exists" || ran {
+		t.Errorf("existing: %v, written %v", err, ran)
+	}
+	late := filepath.Join(dir, "late")
+	err = CreateFile(late, 0o600, func(io.Writer) error { return os.Symlink("nowhere", late) })
+	if fault.ReasonOf(err) != "file_exists" {
+		t.Errorf("made meanwhile: %v", err)
+	}
+	broken := errors.New("broken")
+	if err := CreateFile(filepath.Join(dir, "g"), 0o600, func(w io.Writer) error { return errors.Join(text("half")(w), broken) }); !errors.Is(err, broken) {
+		t.Errorf("broken: %v", err)
+	}
+	left, err := os.ReadDir(dir)
+	if got, _ := os.ReadFile(path); err != nil || len(left) != 2 || string(got) != "one" {
+		t.Errorf("left %v with %q, %v", left, got, err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
+	"github.com/seed-caa81108/assay/server/backup"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/registry"
 )
@@ -23,8 +24,9 @@ const (
 // AdminService is what operators need beyond SPIRE's API.
 type AdminService struct {
 	adminv1.UnimplementedAdminServer
-	cfg   AdminServiceConfig
-	waits chan struct{} // one for each call of Wait
+	cfg     AdminServiceConfig
+	waits   chan struct{} // one for each call of Wait
+	backups chan struct{} // one for each of Backup
 }
 
 // AdminServiceConfig is what an AdminService needs.
@@ -35,6 +37,9 @@ type AdminServiceConfig struct {
 	StartedAt      time.Time
 	Authority      *ca.Authority
 	Registry       *registry.Registry
+	// Spool takes a backup of the store.
+	Spool func(context.Context) (*backup.Spooled, error)
+	Audit Auditor
 	// Warnings are what was found at start.
 	Warnings []string
 	// Stopping is closed when the server stops: Wait ends then.
@@ -43,7 +48,7 @@ type AdminServiceConfig struct {
 
 // NewAdminService returns the service.
 func NewAdminService(cfg AdminServiceConfig) *AdminService {
-	return &AdminService{cfg: cfg, waits: make(chan struct{}, maxWaits)}
+	return &AdminService{cfg: cfg, waits: make(chan struct{}, maxWaits), backups: make(chan struct{}, maxBackups)}
 }
 
 // Status implements adminv1.AdminServer.

@@ -90,6 +90,7 @@ func operatorMethods(operator, local rpc.Rule) rpc.Methods {
 	return rpc.Methods{
 		adminv1.Admin_Status_FullMethodName: operator,
 		adminv1.Admin_Wait_FullMethodName:   operator,
+		adminv1.Admin_Backup_FullMethodName: local,
 
 		adminv1.Rotation_ListRoots_FullMethodName:     operator,
 		adminv1.Rotation_WatchRotation_FullMethodName: operator,

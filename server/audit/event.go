@@ -11,8 +11,8 @@ import (
 type Event struct {
 	Seq  uint64
 	Time time.Time
-	// StoreRevision is one that the store had reached when the line was
-	// written. What the line tells of was committed after it.
+	// StoreRevision is what the store had reached when the line was written. A
+	// move of a root was committed after it, other acts at or before it.
 	StoreRevision int64
 	Action        string
 	OK            bool

@@ -20,6 +20,9 @@ import (
 
 const boltFile = "store.db"
 
+// FirstRevision is that of a store in which nothing was ever written.
+const FirstRevision = 1
+
 // BoltConfig says where a Bolt lives.
 type BoltConfig struct {
 	// Dir is the directory for the file store.db and for the lock. It is made
@@ -132,7 +135,7 @@ func create(path string, noSync bool, fill func(*bbolt.DB) error) error {
 		if _, err := tx.CreateBucket([]byte(recordsBucket)); err != nil {
 			return err
 		}
-		return meta.Put([]byte(headKey), head{revision: 1, time: time.Now()}.encode())
+		return meta.Put([]byte(headKey), head{revision: FirstRevision, time: time.Now()}.encode())
 	})
 	var refused error
 	if err == nil && fill != nil {

@@ -762,6 +762,204 @@ func (x *WaitingAgent) GetRevision() int64 {
 	return 0
 }
 
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+}
+
+type BackupResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Part:
+	//
+	//	*BackupResponse_Info
+	//	*BackupResponse_Chunk
+	Part          isBackupResponse_Part `protobuf_oneof:"part"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupResponse) Reset() {
+	*x = BackupResponse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupResponse) ProtoMessage() {}
+
+func (x *BackupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
+func (*BackupResponse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *BackupResponse) GetPart() isBackupResponse_Part {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+func (x *BackupResponse) GetInfo() *BackupInfo {
+	if x != nil {
+		if x, ok := x.Part.(*BackupResponse_Info); ok {
+			return x.Info
+		}
+	}
+	return nil
+}
+
+func (x *BackupResponse) GetChunk() []byte {
+	if x != nil {
+		if x, ok := x.Part.(*BackupResponse_Chunk); ok {
+			return x.Chunk
+		}
+	}
+	return nil
+}
+
+type isBackupResponse_Part interface {
+	isBackupResponse_Part()
+}
+
+type BackupResponse_Info struct {
+	// The first message.
+	Info *BackupInfo `protobuf:"bytes,1,opt,name=info,proto3,oneof"`
+}
+
+type BackupResponse_Chunk struct {
+	// Every other: the next bytes of the file.
+	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
+}
+
+func (*BackupResponse_Info) isBackupResponse_Part() {}
+
+func (*BackupResponse_Chunk) isBackupResponse_Part() {}
+
+type BackupInfo struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// Of the store, at the moment that the backup shows.
+	Revision int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	TakenAt  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=taken_at,json=takenAt,proto3" json:"taken_at,omitempty"`
+	Records  uint64                 `protobuf:"varint,4,opt,name=records,proto3" json:"records,omitempty"`
+	// Length of the file.
+	Bytes         uint64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupInfo) Reset() {
+	*x = BackupInfo{}
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupInfo) ProtoMessage() {}
+
+func (x *BackupInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupInfo.ProtoReflect.Descriptor instead.
+func (*BackupInfo) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *BackupInfo) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *BackupInfo) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *BackupInfo) GetTakenAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TakenAt
+	}
+	return nil
+}
+
+func (x *BackupInfo) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+func (x *BackupInfo) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 var File_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_admin_v1_admin_proto_rawDesc = "" +
@@ -831,10 +1029,23 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x127\n" +
 	"\tlast_seen\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x1a\n" +
-	"\brevision\x18\x04 \x01(\x03R\brevision2\x95\x01\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\"\x0f\n" +
+	"\rBackupRequest\"b\n" +
+	"\x0eBackupResponse\x120\n" +
+	"\x04info\x18\x01 \x01(\v2\x1a.assay.admin.v1.BackupInfoH\x00R\x04info\x12\x16\n" +
+	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunkB\x06\n" +
+	"\x04part\"\xb2\x01\n" +
+	"\n" +
+	"BackupInfo\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x125\n" +
+	"\btaken_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\atakenAt\x12\x18\n" +
+	"\arecords\x18\x04 \x01(\x04R\arecords\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x04R\x05bytes2\xe0\x01\n" +
 	"\x05Admin\x12G\n" +
 	"\x06Status\x12\x1d.assay.admin.v1.StatusRequest\x1a\x1e.assay.admin.v1.StatusResponse\x12C\n" +
-	"\x04Wait\x12\x1b.assay.admin.v1.WaitRequest\x1a\x1c.assay.admin.v1.WaitResponse0\x01B7Z5github.com/seed-caa81108/assay/proto/admin/v1;adminv1b\x06proto3"
+	"\x04Wait\x12\x1b.assay.admin.v1.WaitRequest\x1a\x1c.assay.admin.v1.WaitResponse0\x01\x12I\n" +
+	"\x06Backup\x12\x1d.assay.admin.v1.BackupRequest\x1a\x1e.assay.admin.v1.BackupResponse0\x01B7Z5github.com/seed-caa81108/assay/proto/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -848,7 +1059,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: assay.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: assay.admin.v1.StatusResponse
@@ -859,34 +1070,41 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*WaitRequest)(nil),           // 6: assay.admin.v1.WaitRequest
 	(*WaitResponse)(nil),          // 7: assay.admin.v1.WaitResponse
 	(*WaitingAgent)(nil),          // 8: assay.admin.v1.WaitingAgent
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	(*BackupRequest)(nil),         // 9: assay.admin.v1.BackupRequest
+	(*BackupResponse)(nil),        // 10: assay.admin.v1.BackupResponse
+	(*BackupInfo)(nil),            // 11: assay.admin.v1.BackupInfo
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	9,  // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	9,  // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
+	12, // 0: assay.admin.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	12, // 1: assay.admin.v1.StatusResponse.server_time:type_name -> google.protobuf.Timestamp
 	3,  // 2: assay.admin.v1.StatusResponse.authorities:type_name -> assay.admin.v1.Authority
 	4,  // 3: assay.admin.v1.StatusResponse.issuer:type_name -> assay.admin.v1.Issuer
 	5,  // 4: assay.admin.v1.StatusResponse.agents:type_name -> assay.admin.v1.AgentStatus
 	2,  // 5: assay.admin.v1.StatusResponse.outage_budget:type_name -> assay.admin.v1.OutageBudget
-	9,  // 6: assay.admin.v1.OutageBudget.first_expiry:type_name -> google.protobuf.Timestamp
-	9,  // 7: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	9,  // 8: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
-	9,  // 9: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	9,  // 10: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
-	9,  // 11: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
-	9,  // 12: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
-	9,  // 13: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
+	12, // 6: assay.admin.v1.OutageBudget.first_expiry:type_name -> google.protobuf.Timestamp
+	12, // 7: assay.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	12, // 8: assay.admin.v1.Authority.created_at:type_name -> google.protobuf.Timestamp
+	12, // 9: assay.admin.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	12, // 10: assay.admin.v1.AgentStatus.svid_not_after:type_name -> google.protobuf.Timestamp
+	12, // 11: assay.admin.v1.AgentStatus.last_seen:type_name -> google.protobuf.Timestamp
+	12, // 12: assay.admin.v1.AgentStatus.waits_until:type_name -> google.protobuf.Timestamp
+	12, // 13: assay.admin.v1.AgentStatus.earliest_expiry:type_name -> google.protobuf.Timestamp
 	8,  // 14: assay.admin.v1.WaitResponse.waiting_agents:type_name -> assay.admin.v1.WaitingAgent
-	9,  // 15: assay.admin.v1.WaitingAgent.last_seen:type_name -> google.protobuf.Timestamp
-	0,  // 16: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
-	6,  // 17: assay.admin.v1.Admin.Wait:input_type -> assay.admin.v1.WaitRequest
-	1,  // 18: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
-	7,  // 19: assay.admin.v1.Admin.Wait:output_type -> assay.admin.v1.WaitResponse
-	18, // [18:20] is the sub-list for method output_type
-	16, // [16:18] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	12, // 15: assay.admin.v1.WaitingAgent.last_seen:type_name -> google.protobuf.Timestamp
+	11, // 16: assay.admin.v1.BackupResponse.info:type_name -> assay.admin.v1.BackupInfo
+	12, // 17: assay.admin.v1.BackupInfo.taken_at:type_name -> google.protobuf.Timestamp
+	0,  // 18: assay.admin.v1.Admin.Status:input_type -> assay.admin.v1.StatusRequest
+	6,  // 19: assay.admin.v1.Admin.Wait:input_type -> assay.admin.v1.WaitRequest
+	9,  // 20: assay.admin.v1.Admin.Backup:input_type -> assay.admin.v1.BackupRequest
+	1,  // 21: assay.admin.v1.Admin.Status:output_type -> assay.admin.v1.StatusResponse
+	7,  // 22: assay.admin.v1.Admin.Wait:output_type -> assay.admin.v1.WaitResponse
+	10, // 23: assay.admin.v1.Admin.Backup:output_type -> assay.admin.v1.BackupResponse
+	21, // [21:24] is the sub-list for method output_type
+	18, // [18:21] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -894,13 +1112,17 @@ func file_admin_v1_admin_proto_init() {
 	if File_admin_v1_admin_proto != nil {
 		return
 	}
+	file_admin_v1_admin_proto_msgTypes[10].OneofWrappers = []any{
+		(*BackupResponse_Info)(nil),
+		(*BackupResponse_Chunk)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
