@@ -94,11 +94,11 @@ func CreateFile(path string, perm fs.FileMode, write func(io.Writer) error) erro
 
 // writeTemp writes a file next to path, makes it durable and returns its name.
 // What write returns is returned as it is.
-func writeTemp(path string, perm fs.FileMode, write func(io.Writer) error) (temp string, err error) {
+func writeTemp(path string, perm fs.FileMode, write func(io.Writer) error) (_ string, err error) {
 	if err := CheckWritable(path); err != nil {
 		return "", err
 	}
-	temp = tempName(path)
+	temp := tempName(path)
 	f, err := createNew(temp, perm)
 	if err != nil {
 		return "", diskError("create", path, err)
