@@ -32,12 +32,14 @@ type Caller struct {
 	UID, GID uint32
 	PID      int32
 
-	// ID, Serial (lower-case hex) and NotAfter come from the verified
-	// certificate; they are zero when State is CertNone.
-	ID       spiffeid.ID
-	Serial   string
-	NotAfter time.Time
-	State    CertState
+	// ID, Serial (lower-case hex), KeyHash (SHA-256 of the SubjectPublicKeyInfo,
+	// hex), NotBefore and NotAfter come from the verified certificate; they are
+	// zero when State is CertNone.
+	ID                  spiffeid.ID
+	Serial              string
+	KeyHash             string
+	NotBefore, NotAfter time.Time
+	State               CertState
 	// Authority is the root that the certificate chains to: the lower-case hex
 	// of its subject key id.
 	Authority string

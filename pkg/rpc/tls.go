@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"context"
 	"crypto/rsa"
 	"crypto/tls"
@@ -59,8 +60,10 @@ func verifyClient(chain []*x509.Certificate, roots Roots) (Caller, error) {
 		}
 		state = CertExpired
 	}
+	key := sha256.Sum256(chain[0].RawSubjectPublicKeyInfo)
 	return Caller{
-		ID: id, Serial: chain[0].SerialNumber.Text(16), NotAfter: lastMoment(chain), State: state,
+		ID: id, Serial: chain[0].SerialNumber.Text(16), KeyHash: hex.EncodeToString(key[:]),
+		NotBefore: chain[0].NotBefore, NotAfter: lastMoment(chain), State: state,
 		Authority: hex.EncodeToString(root.SubjectKeyId),
 	}, nil
 }

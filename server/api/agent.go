@@ -113,14 +113,32 @@ func (s *AgentService) renew(ctx context.Context, caller rpc.Caller, csr []byte)
 	return s.issueAgent(ctx, caller.ID, key, caller.Serial, "active_svid")
 }
 
-// admit returns the calling agent after noting that its serial is in use: the
-// first use of a renewed certificate makes it the active one.
+// admit returns the calling agent after noting that its certificate is in use:
+// the first use of a renewed one makes it the active one.
 func (s *AgentService) admit(ctx context.Context) (rpc.Caller, error) {
 	caller := rpc.CallerFrom(ctx)
-	if err := s.cfg.Registry.UseSerial(ctx, caller.ID, caller.Serial); err != nil {
+	adopted, err := s.cfg.Registry.UseSerial(ctx, caller.ID, shown(caller))
+	if err != nil {
 		return rpc.Caller{}, err
 	}
+	if adopted {
+		if err := s.adopted(ctx, caller); err != nil {
+			return rpc.Caller{}, err
+		}
+	}
 	return caller, nil
+}
+
+// adopted writes down that a certificate was taken that the restored store did
+// not know.
+func (s *AgentService) adopted(ctx context.Context, caller rpc.Caller) error {
+	s.cfg.Log.LogAttrs(ctx, slog.LevelInfo, "adopted a certificate that an agent renewed after the backup was taken",
+		slog.String("agent_id", caller.ID.String()), slog.String("serial", caller.Serial), slog.String("request_id", rpc.RequestID(ctx)))
+	return record(ctx, s.cfg.Audit, audit.Line{
+		Origin: origin(ctx), Action: "agent.adopt", Target: audit.Target{AgentID: caller.ID.String()},
+		Why: audit.Why{Rule: "restored"}, Result: result(nil),
+		Cert: &audit.Cert{Serial: caller.Serial, SPKISHA256: caller.KeyHash, NotBefore: caller.NotBefore, NotAfter: caller.NotAfter},
+	})
 }
 
 // issueAgent signs an agent's own certificate and records its serial before

@@ -78,7 +78,7 @@ func TestHostOf(t *testing.T) {
 // checker is a registry that knows one agent.
 type checker struct{ err error }
 
-func (c checker) CheckAgent(spiffeid.ID, string) error { return c.err }
+func (c checker) CheckAgent(spiffeid.ID, registry.Shown) error { return c.err }
 
 func TestAgentRule(t *testing.T) {
 	agent := spiffeid.RequireFromString("spiffe://example.org/assay/agent/join_token/a")

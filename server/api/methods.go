@@ -17,11 +17,12 @@ import (
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+	"github.com/seed-caa81108/assay/server/registry"
 )
 
-// agentChecker says from memory whether an agent may act under a serial.
+// agentChecker says from memory whether an agent may act under a certificate.
 type agentChecker interface {
-	CheckAgent(id spiffeid.ID, serial string) error
+	CheckAgent(id spiffeid.ID, shown registry.Shown) error
 }
 
 // Refused is told of callers whose certificate or uid is known and who may not
@@ -55,8 +56,13 @@ func AgentRule(prefix string, agents agentChecker) rpc.Rule {
 		case !isUnder(c.ID, below):
 			return fault.New(fault.Denied, "not_an_agent", "only agents may call this method")
 		}
-		return agents.CheckAgent(c.ID, c.Serial)
+		return agents.CheckAgent(c.ID, shown(c))
 	}
+}
+
+// shown is the certificate that the registry judges.
+func shown(c rpc.Caller) registry.Shown {
+	return registry.Shown{Serial: c.Serial, KeyHash: c.KeyHash, NotBefore: c.NotBefore, NotAfter: c.NotAfter, Authority: c.Authority}
 }
 
 // Operators says who may use the admin socket.

@@ -85,45 +85,65 @@ func (m *mirror) allAgents() []Agent {
 	return list
 }
 
-// CheckAgent says whether the agent that shows a certificate with this serial
-// may be served. It looks into memory only. A pending serial passes; whoever
-// serves the agent calls UseSerial.
-func (r *Registry) CheckAgent(id spiffeid.ID, serial string) error {
-	a, ok := r.mirror.agent(id)
-	switch {
-	case !ok:
-		return agentUnknown()
-	case a.Banned:
-		return agentBanned()
-	case serial == "" || serial != a.ActiveSerial && serial != a.PendingSerial:
-		return notActive()
-	}
-	return nil
+// Shown is the certificate that an agent shows. It has been verified.
+type Shown struct {
+	Serial              string
+	KeyHash             string // SHA-256 of the SubjectPublicKeyInfo, hex
+	NotBefore, NotAfter time.Time
+	Authority           string // ID of the root that it chains to
 }
 
-// UseSerial notes that the agent used the certificate with this serial. The
-// first use of the pending one makes it the active one; the one before is void
-// when UseSerial returns.
-func (r *Registry) UseSerial(ctx context.Context, id spiffeid.ID, serial string) error {
-	if err := r.CheckAgent(id, serial); err != nil {
-		return err
+// CheckAgent says whether the agent that shows this certificate may be served.
+// It looks into memory only. A pending serial passes, and one that is to be
+// adopted; whoever serves the agent calls UseSerial.
+func (r *Registry) CheckAgent(id spiffeid.ID, shown Shown) error {
+	a, ok := r.mirror.agent(id)
+	if !ok {
+		return agentUnknown()
 	}
-	if a, ok := r.mirror.agent(id); ok && serial == a.ActiveSerial {
+	return r.admits(&a.Agent, shown)
+}
+
+// admits says whether the agent of a record may act under a certificate.
+func (r *Registry) admits(a *Agent, shown Shown) error {
+	switch {
+	case a.Banned:
+		return agentBanned()
+	case shown.Serial == "":
+		return notActive()
+	case shown.Serial == a.ActiveSerial || shown.Serial == a.PendingSerial:
 		return nil
 	}
-	return r.changeAgent(ctx, id, func(a *Agent) error {
-		switch {
-		case a.Banned:
-			return agentBanned()
-		case serial == a.ActiveSerial:
+	return r.adoptable(a, shown)
+}
+
+// UseSerial notes that the agent used this certificate. The first use of the
+// pending one, or of one that is adopted, makes it the active one; the one
+// before is void when UseSerial returns. It says whether one was adopted.
+func (r *Registry) UseSerial(ctx context.Context, id spiffeid.ID, shown Shown) (adopted bool, err error) {
+	if err := r.CheckAgent(id, shown); err != nil {
+		return false, err
+	}
+	if a, ok := r.mirror.agent(id); ok && shown.Serial == a.ActiveSerial {
+		return false, nil
+	}
+	err = r.changeAgent(ctx, id, func(a *Agent) error {
+		adopted = false // a try before this one may have lost
+		switch err := r.admits(a, shown); {
+		case err != nil:
+			return err
+		case shown.Serial == a.ActiveSerial:
 			return errNothingToDo
-		case serial != a.PendingSerial:
-			return notActive()
+		case shown.Serial == a.PendingSerial:
+			a.ActiveSerial, a.ActiveKey, a.NotAfter, a.Authority = a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority
+		default:
+			adopted = true
+			a.ActiveSerial, a.ActiveKey, a.NotAfter, a.Authority = shown.Serial, shown.KeyHash, wall(shown.NotAfter), shown.Authority
 		}
-		a.ActiveSerial, a.ActiveKey, a.NotAfter, a.Authority = a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority
 		a.PendingSerial, a.PendingKey, a.PendingNotAfter, a.PendingAuthority = "", "", time.Time{}, ""
 		return nil
 	})
+	return adopted && err == nil, err
 }
 
 // Issued is a certificate that was signed for an agent.

@@ -38,9 +38,18 @@ func issued(t *testing.T, r *registry.Registry, agent spiffeid.ID, serial, keyHa
 
 func use(t *testing.T, r *registry.Registry, agent spiffeid.ID, serial string) {
 	t.Helper()
-	if err := r.UseSerial(t.Context(), agent, serial); err != nil {
+	if err := useSerial(t, r, agent, serial); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// useSerial shows a certificate of which nothing but the serial matters.
+func useSerial(t *testing.T, r *registry.Registry, agent spiffeid.ID, serial string) error {
+	adopted, err := r.UseSerial(t.Context(), agent, registry.Shown{Serial: serial})
+	if adopted {
+		t.Errorf("adopted %s", serial)
+	}
+	return err
 }
 
 // NEG-19: a renewed certificate is the active one from its first use on; until
@@ -48,10 +57,10 @@ func use(t *testing.T, r *registry.Registry, agent spiffeid.ID, serial string) {
 func TestRenewedCertificateReplacesTheOldAtItsFirstUse(t *testing.T) {
 	s := start(t, t.TempDir())
 	agent := join(t, s.Registry, key(1))
-	wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "01"}), fault.Denied, "agent_svid_not_active")
 	issued(t, s.Registry, agent, "01", key(1))
 	for range 2 {
-		if err := s.CheckAgent(agent, "01"); err != nil {
+		if err := s.CheckAgent(agent, registry.Shown{Serial: "01"}); err != nil {
 			t.Fatal(err)
 		}
 		use(t, s.Registry, agent, "01")
@@ -59,7 +68,7 @@ func TestRenewedCertificateReplacesTheOldAtItsFirstUse(t *testing.T) {
 	issued(t, s.Registry, agent, "02", key(2))
 	s = s.restart(t) // pending survives
 	for _, serial := range []string{"01", "02"} {
-		if err := s.CheckAgent(agent, serial); err != nil {
+		if err := s.CheckAgent(agent, registry.Shown{Serial: serial}); err != nil {
 			t.Fatalf("%s: %v", serial, err)
 		}
 	}
@@ -67,8 +76,8 @@ func TestRenewedCertificateReplacesTheOldAtItsFirstUse(t *testing.T) {
 	use(t, s.Registry, agent, "02")
 	before := s.Revision()
 	for _, serial := range []string{"01", "", "03"} {
-		wantFault(t, s.CheckAgent(agent, serial), fault.Denied, "agent_svid_not_active")
-		wantFault(t, s.UseSerial(t.Context(), agent, serial), fault.Denied, "agent_svid_not_active")
+		wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: serial}), fault.Denied, "agent_svid_not_active")
+		wantFault(t, useSerial(t, s.Registry, agent, serial), fault.Denied, "agent_svid_not_active")
 	}
 	use(t, s.Registry, agent, "02")
 	got, ok := s.Agent(agent)
@@ -89,7 +98,7 @@ func TestRenewalUnderAReplacedCertificateIsRefused(t *testing.T) {
 	use(t, s.Registry, agent, "02")
 	late := registry.Issued{Under: "01", Serial: "03", KeyHash: key(3), NotAfter: time.Now().Add(time.Hour)}
 	wantFault(t, s.RecordIssued(t.Context(), agent, late), fault.Denied, "agent_svid_not_active")
-	wantFault(t, s.CheckAgent(agent, "03"), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "03"}), fault.Denied, "agent_svid_not_active")
 	late.Under = "02"
 	if err := s.RecordIssued(t.Context(), agent, late); err != nil {
 		t.Fatal(err)
@@ -104,10 +113,10 @@ func TestLostRenewalCostsNothing(t *testing.T) {
 	use(t, s.Registry, agent, "01")
 	issued(t, s.Registry, agent, "02", key(1)) // the answer is lost
 	issued(t, s.Registry, agent, "03", key(1))
-	wantFault(t, s.CheckAgent(agent, "02"), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "02"}), fault.Denied, "agent_svid_not_active")
 	use(t, s.Registry, agent, "01")
 	use(t, s.Registry, agent, "03")
-	wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "01"}), fault.Denied, "agent_svid_not_active")
 }
 
 func TestManyFirstUsesAtOnceAreOne(t *testing.T) {
@@ -117,7 +126,7 @@ func TestManyFirstUsesAtOnceAreOne(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 50 {
 		wg.Go(func() {
-			if err := s.UseSerial(t.Context(), agent, "01"); err != nil {
+			if err := useSerial(t, s.Registry, agent, "01"); err != nil {
 				t.Error(err)
 			}
 		})
@@ -130,8 +139,8 @@ func TestManyFirstUsesAtOnceAreOne(t *testing.T) {
 
 func TestUnknownAgentIsRefused(t *testing.T) {
 	s := start(t, t.TempDir())
-	wantFault(t, s.CheckAgent(node(1), "01"), fault.Denied, "agent_unknown")
-	wantFault(t, s.UseSerial(t.Context(), node(1), "01"), fault.Denied, "agent_unknown")
+	wantFault(t, s.CheckAgent(node(1), registry.Shown{Serial: "01"}), fault.Denied, "agent_unknown")
+	wantFault(t, useSerial(t, s.Registry, node(1), "01"), fault.Denied, "agent_unknown")
 	wantFault(t, s.RecordIssued(t.Context(), node(1), registry.Issued{Serial: "01", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_unknown")
 	if err := s.RecordIssued(t.Context(), node(1), registry.Issued{Serial: "", KeyHash: key(1), NotAfter: time.Now()}); err == nil {
 		t.Error("a certificate without serial was recorded")
@@ -155,8 +164,8 @@ func TestBannedAgentIsRefusedEverywhere(t *testing.T) {
 	issued(t, s.Registry, agent, "01", key(1))
 	ban(t, s.Registry, agent)
 	for range 2 {
-		wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_banned")
-		wantFault(t, s.UseSerial(t.Context(), agent, "01"), fault.Denied, "agent_banned")
+		wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "01"}), fault.Denied, "agent_banned")
+		wantFault(t, useSerial(t, s.Registry, agent, "01"), fault.Denied, "agent_banned")
 		wantFault(t, s.RecordIssued(t.Context(), agent, registry.Issued{Serial: "02", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_banned")
 		wantFault(t, s.Rejoinable(agent, key(1), time.Now()), fault.Denied, "rejoin_refused")
 		_, err = s.RedeemToken(t.Context(), token.Value, key(1))
@@ -186,7 +195,7 @@ func TestEvictedAgentHasToAttestAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		wantFault(t, s.CheckAgent(agent, "01"), fault.Denied, "agent_unknown")
+		wantFault(t, s.CheckAgent(agent, registry.Shown{Serial: "01"}), fault.Denied, "agent_unknown")
 		wantFault(t, s.RecordIssued(t.Context(), agent, registry.Issued{Serial: "02", KeyHash: key(1), NotAfter: time.Now()}), fault.Denied, "agent_unknown")
 		wantFault(t, s.Rejoinable(agent, key(1), time.Now()), fault.Denied, "rejoin_refused")
 		_, err = s.RedeemToken(t.Context(), token.Value, key(1))
@@ -327,7 +336,7 @@ func TestAttestedAgentComesBackAtAnyTime(t *testing.T) {
 	use(t, s.Registry, id, "01")
 	issued(t, s.Registry, id, "02", key(2))
 	use(t, s.Registry, id, "02")
-	wantFault(t, s.CheckAgent(id, "01"), fault.Denied, "agent_svid_not_active")
+	wantFault(t, s.CheckAgent(id, registry.Shown{Serial: "01"}), fault.Denied, "agent_svid_not_active")
 	s = s.restart(t)
 	got, ok := s.Agent(id)
 	if !ok || got.Attestor != "x509pop" || !got.CanReattest || len(got.Selectors) != 2 || got.ActiveSerial != "02" || got.AttestedAt.IsZero() {

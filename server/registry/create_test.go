@@ -334,7 +334,10 @@ func TestWhatIsCommittedIsReportedAsDone(t *testing.T) {
 		during(func(ctx context.Context) error {
 			return s.RecordIssued(ctx, token.AgentID, registry.Issued{Serial: "01", KeyHash: key(n), NotAfter: time.Now().Add(time.Hour)})
 		})
-		during(func(ctx context.Context) error { return s.UseSerial(ctx, token.AgentID, "01") })
+		during(func(ctx context.Context) error { 
+			_, err := s.UseSerial(ctx, token.AgentID, registry.Shown{Serial: "01"})
+			return err
+		})
 	}
 }
 

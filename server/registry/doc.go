@@ -20,6 +20,7 @@
 // Records, all at schema version 1:
 //
 //	registry/epoch      names the store's history; revisions compare within it
+//	registry/restored   which part of that history is lost; only after a restore
 //	entry/<id>          a registration entry
 //	entryix/<sha256>    which entry has this SPIFFE ID, parent and selectors
 //	agent/<path>        an attested agent, by the path of its SPIFFE ID

@@ -22,6 +22,7 @@ const schema = 1
 
 const (
 	epochKey      = "registry/epoch"
+	restoredKey   = "registry/restored"
 	entryPrefix   = "entry/"
 	entryIxPrefix = "entryix/"
 	agentPrefix   = "agent/"

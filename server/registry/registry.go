@@ -60,6 +60,7 @@ type Registry struct {
 	log          *slog.Logger
 	rejoinWindow time.Duration
 	epoch        string
+	restored     restoredRecord // zero: never was
 	mirror       *mirror
 	fleet        *fleet
 	metrics      *metrics
@@ -88,6 +89,9 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		stopped:      make(chan struct{}),
 	}
 	if err := r.openEpoch(ctx); err != nil {
+		return nil, err
+	}
+	if err := r.openRestored(ctx); err != nil {
 		return nil, err
 	}
 	start := time.Now()

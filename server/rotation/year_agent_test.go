@@ -97,7 +97,7 @@ func (n *node) renewOwn(ctx context.Context) bool {
 	}
 	err := n.y.registry.RecordIssued(ctx, n.id, registry.Issued{Under: under, Serial: h.serial, KeyHash: n.keyHash(), NotAfter: h.leaf.NotAfter, Authority: h.root})
 	if err == nil {
-		err = n.y.registry.UseSerial(ctx, n.id, h.serial)
+		_, err = n.y.registry.UseSerial(ctx, n.id, registry.Shown{Serial: h.serial})
 	}
 	if err != nil {
 		if ctx.Err() == nil {
