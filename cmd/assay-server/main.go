@@ -13,6 +13,8 @@ import (
 	"github.com/seed-caa81108/assay/server"
 )
 
+const defaultConfig = "/etc/assay-server/server.yaml"
+
 func main() {
 	os.Exit(daemon.Main(context.Background(), program(), os.Args[1:], os.Stdout, os.Stderr))
 }
@@ -21,9 +23,9 @@ func program() daemon.Program {
 	return daemon.Program{
 		Name:     "assay-server",
 		Short:    "The Assay workload CA",
-		Config:   "/etc/assay-server/server.yaml",
+		Config:   defaultConfig,
 		Load:     load,
-		Commands: []*cobra.Command{sealKeyCommand()},
+		Commands: []*cobra.Command{sealKeyCommand(), restoreCommand()},
 	}
 }
 

@@ -117,7 +117,7 @@ func TestSealKeyIsNeverOverwritten(t *testing.T) {
 }
 
 func TestUsageNamesEveryCommand(t *testing.T) {
-	if code, _, errs := execute(t); code != 64 || !strings.HasPrefix(errs, "error: usage: name a command: run, validate, healthcheck or seal-key;") {
+	if code, _, errs := execute(t); code != 64 || !strings.HasPrefix(errs, "error: usage: name a command: run, validate, healthcheck, seal-key or restore;") {
 		t.Errorf("exit %d: %s", code, errs)
 	}
 }

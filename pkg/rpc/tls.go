@@ -2,9 +2,9 @@ package rpc
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"context"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"

@@ -5,9 +5,21 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/store"
 )
+
+// RestoreOptions is what Restore needs.
+type RestoreOptions struct {
+	TrustDomain  spiffeid.TrustDomain
+	Config       Config // how long certificates live; defaults are filled in
+	AgentSVIDTTL time.Duration
+	Store        store.KV // nobody else uses it
+	Keys         Keys
+	MAC          func(name string, value []byte) []byte
+}
 
 // Restored is what Restore found and did.
 type Restored struct {
@@ -19,8 +31,7 @@ type Restored struct {
 }
 
 // Restore makes the authority records of a store that was loaded from a backup
-// fit for use. Of o it needs what says how long certificates live, and Store,
-// Keys and MAC; nobody else may use the store. It
+// fit for use. It
 //
 //   - verifies all records, and that the keys of the roots open;
 //   - takes the bundle's sequence to max(stored + 1, seconds since 1970): agents
@@ -28,10 +39,10 @@ type Restored struct {
 //     on average does not happen;
 //   - raises the marks of every published root as if it had signed everything
 //     it may until now: what was signed since the backup is not on record.
-func Restore(ctx context.Context, o Options) (Restored, error) {
-	a, err := build(o)
-	if err != nil {
-		return Restored{}, err
+func Restore(ctx context.Context, o RestoreOptions) (Restored, error) {
+	a := &Authority{
+		td: o.TrustDomain, cfg: o.Config.WithDefaults(), agentTTL: o.AgentSVIDTTL,
+		store: o.Store, keys: o.Keys, stamp: stamp{mac: o.MAC},
 	}
 	v, err := a.load(ctx)
 	if err != nil {

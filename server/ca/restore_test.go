@@ -25,6 +25,10 @@ func (w *world) back(to []store.Record) {
 	w.put(writes...)
 }
 
+func (w *world) restoring() RestoreOptions {
+	return RestoreOptions{TrustDomain: w.opts.TrustDomain, AgentSVIDTTL: w.opts.AgentSVIDTTL, Store: w.opts.Store, Keys: w.opts.Keys, MAC: w.opts.MAC}
+}
+
 // After a restore every certificate that was signed since the backup is still
 // covered, and the bundle is one that agents take.
 func TestRestoredAuthoritiesCoverWhatWasSignedSince(t *testing.T) {
@@ -42,7 +46,7 @@ func TestRestoredAuthoritiesCoverWhatWasSignedSince(t *testing.T) {
 		highest := a.Bundle().Sequence
 
 		w.back(saved)
-		got, err := Restore(t.Context(), w.opts)
+		got, err := Restore(t.Context(), w.restoring())
 		w.must(err)
 		if got.Sequence <= highest || got.Sequence != uint64(time.Now().Unix()) {
 			t.Errorf("sequence %d after %d", got.Sequence, highest)
@@ -50,7 +54,7 @@ func TestRestoredAuthoritiesCoverWhatWasSignedSince(t *testing.T) {
 		if got.Active.ID != first || !slices.Equal(got.Published, []string{first}) {
 			t.Errorf("restored %+v", got)
 		}
-		again, err := Restore(t.Context(), w.opts) // in the same second
+		again, err := Restore(t.Context(), w.restoring()) // in the same second
 		w.must(err)
 		if again.Sequence != got.Sequence+1 {
 			t.Errorf("sequence %d after %d", again.Sequence, got.Sequence)
@@ -70,7 +74,7 @@ func TestRestoredAuthoritiesCoverWhatWasSignedSince(t *testing.T) {
 
 func TestRestoreRefusesWhatCannotSign(t *testing.T) {
 	w := newWorld(t)
-	if _, err := Restore(t.Context(), w.opts); fault.ReasonOf(err) != "authority_missing" {
+	if _, err := Restore(t.Context(), w.restoring()); fault.ReasonOf(err) != "authority_missing" {
 		t.Errorf("empty: %v", err)
 	}
 	w.open()
@@ -79,11 +83,11 @@ func TestRestoreRefusesWhatCannotSign(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := w.opts
+	o := w.restoring()
 	o.MAC = other.MAC
 	_, err = Restore(t.Context(), o)
 	wantReason(t, err, fault.Precondition, "store_corrupt")
-	o = w.opts
+	o = w.restoring()
 	o.Keys = keys.NewSealed(other, example)
 	_, err = Restore(t.Context(), o)
 	wantReason(t, err, fault.Precondition, "store_corrupt")

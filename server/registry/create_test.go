@@ -334,7 +334,7 @@ func TestWhatIsCommittedIsReportedAsDone(t *testing.T) {
 		during(func(ctx context.Context) error {
 			return s.RecordIssued(ctx, token.AgentID, registry.Issued{Serial: "01", KeyHash: key(n), NotAfter: time.Now().Add(time.Hour)})
 		})
-		during(func(ctx context.Context) error { 
+		during(func(ctx context.Context) error {
 			_, err := s.UseSerial(ctx, token.AgentID, registry.Shown{Serial: "01"})
 			return err
 		})

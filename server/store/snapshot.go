@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"iter"
 	"os"
 	"path/filepath"
@@ -25,6 +26,19 @@ func (b *Bolt) Revision() int64 {
 	b.history.mu.RLock()
 	defer b.history.mu.RUnlock()
 	return b.history.newest
+}
+
+// Moment is the newest point in the store's history.
+func (b *Bolt) Moment(ctx context.Context) (at Moment, err error) {
+	enough := errors.New("the moment is all that is asked for")
+	err = b.Snapshot(ctx, func(m Moment) error {
+		at = m
+		return enough
+	}, nil)
+	if errors.Is(err, enough) {
+		err = nil
+	}
+	return at, err
 }
 
 // Snapshot calls begin with the moment that it shows and then visit for every
@@ -55,6 +69,23 @@ func (b *Bolt) Snapshot(ctx context.Context, begin func(Moment) error, visit fun
 	})
 }
 
+// Records yields the records that Snapshot would visit; an error is the last
+// pair. It is for a caller that has the store for itself.
+func (b *Bolt) Records(ctx context.Context) iter.Seq2[Record, error] {
+	return func(yield func(Record, error) bool) {
+		left := errors.New("the loop was left")
+		err := b.Snapshot(ctx, func(Moment) error { return nil }, func(r Record) error {
+			if !yield(r, nil) {
+				return left
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, left) {
+			yield(Record{}, err)
+		}
+	}
+}
+
 // loadBatch is how many records of Load share a transaction.
 const loadBatch = 10_000
 
@@ -71,8 +102,8 @@ func Load(cfg BoltConfig, at Moment, records iter.Seq2[Record, error]) error {
 		return err
 	}
 	path := filepath.Join(cfg.Dir, boltFile)
-	if _, err := os.Lstat(path); err == nil {
-		return errors.Join(storeExists(path), unlock())
+	if err := CheckVacant(cfg.Dir); err != nil {
+		return errors.Join(err, unlock())
 	}
 	return errors.Join(create(path, cfg.NoSync, func(db *bbolt.DB) error {
 		return writing(path, load(db, at, records))
@@ -87,8 +118,13 @@ func writing(path string, err error) error {
 	return unreadable(path, err)
 }
 
-func storeExists(path string) error {
-	return fault.New(fault.Exists, "store_exists", "there is a store already, "+path+": move it away first, nothing is ever written over it")
+// CheckVacant refuses a directory that has a store.
+func CheckVacant(dir string) error {
+	path := filepath.Join(dir, boltFile)
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return fault.New(fault.Exists, "store_exists", "there is a store already, "+path+": move it away first, it is not written over")
 }
 
 func load(db *bbolt.DB, at Moment, records iter.Seq2[Record, error]) error {

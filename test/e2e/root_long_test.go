@@ -9,13 +9,6 @@ import (
 	"github.com/seed-caa81108/assay/test/harness"
 )
 
-const quickTTL = `ca:
-  x509_svid_ttl: 20s
-  max_x509_svid_ttl: 20s
-attestation:
-  agent_svid_ttl: 30s
-`
-
 // NEG-51: killed at every step, with handshakes going on all the while, a
 // rotation comes to the same end by itself; it can be asked for again. Planned
 // ones, and emergencies for the step that only they have.
