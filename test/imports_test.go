@@ -45,6 +45,7 @@ var rooms = map[string][]string{
 	},
 	"agent/attest":   {"pkg/fault", "pkg/rpc", "pkg/selector"},
 	"agent/cache":    {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule", "pkg/selector"},
+	"agent/cgroup":   {"pkg/fault"},
 	"agent/endpoint": {"agent/attest", "agent/cache", "pkg/fault", "pkg/rpc", "pkg/schedule", "pkg/selector"},
 	"agent/node":     {"agent/state", "proto/agent/v1", "pkg/durable", "pkg/fault", "pkg/rpc", "pkg/schedule"},
 	"agent/state":    {"proto/agent/v1", "pkg/durable", "pkg/fault"},
