@@ -107,7 +107,7 @@ func (a *Agent) open() (_ *rooms, err error) {
 	if r.node, err = node.New(node.Options{
 		Config: node.Config{
 			TrustDomain: a.cfg.trustDomain(), ReservedPrefix: a.cfg.prefix(), Addresses: a.cfg.Server.Addresses,
-			TrustBundle: a.cfg.TrustBundle, Pin: a.cfg.Pin, JoinTokenFile: a.cfg.JoinTokenFile, X509Pop: node.X509Pop(a.cfg.X509Pop), Version: a.deps.Version,
+			TrustBundle: a.cfg.TrustBundle, Pin: a.cfg.Pin, JoinTokenFile: a.cfg.JoinTokenFile, X509Pop: node.X509Pop(a.cfg.X509Pop), K8SPsat: node.K8SPsat(a.cfg.K8SPsat), Version: a.deps.Version,
 		},
 		State: r.state, Clock: r.clock, Log: log, Registerer: reg,
 	}); err != nil {

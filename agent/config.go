@@ -32,6 +32,9 @@ type Config struct {
 	// X509Pop proves the node by a certificate that it has from another
 	// authority, instead of a join token. Default none.
 	X509Pop X509PopConfig `yaml:"x509pop"`
+	// K8SPsat proves the node by the ServiceAccount token of the agent's pod,
+	// instead of a join token. Default none.
+	K8SPsat K8SPsatConfig `yaml:"k8s_psat"`
 	// Sockets are where workloads find the agent.
 	Sockets SocketsConfig `yaml:"sockets"`
 	// Attestation says how callers are told apart.
@@ -74,6 +77,17 @@ type X509PopConfig struct {
 	// PrivateKeyFile has the key of that certificate in PEM, without a
 	// passphrase, with mode 0600.
 	PrivateKeyFile string `yaml:"private_key_file"`
+}
+
+// K8SPsatConfig is the `k8s_psat` part of Config.
+type K8SPsatConfig struct {
+	// Cluster is the name that this cluster has in the server's
+	// kubernetes.clusters.
+	Cluster string `yaml:"cluster"`
+	// TokenFile has the projected token of the agent's pod, made for the
+	// server's audience. It is read anew at each attestation. Default
+	// /var/run/secrets/assay/token.
+	TokenFile string `yaml:"token_file"`
 }
 
 // SocketsConfig is the `sockets` part of Config.

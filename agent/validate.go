@@ -20,6 +20,7 @@ const (
 	defaultSockets = "/run/assay/public"
 	defaultMetrics = "127.0.0.1:9403"
 	defaultPrefix  = "assay"
+	defaultToken   = "/var/run/secrets/assay/token" //nolint:gosec // a path
 	spirePrefix    = "spire"
 
 	apiSocket = "api.sock"
@@ -57,6 +58,9 @@ func (c Config) withDefaults() Config {
 			*f.field = f.value
 		}
 	}
+	if c.K8SPsat.Cluster != "" && c.K8SPsat.TokenFile == "" {
+		c.K8SPsat.TokenFile = defaultToken
+	}
 	return c
 }
 
@@ -84,15 +88,28 @@ func (c Config) checkTrust() error {
 }
 
 func (c Config) checkEvidence() error {
-	switch x := c.X509Pop; {
-	case x == X509PopConfig{}:
-		return nil
-	case x.CertificateFile == "":
+	var set []string
+	for _, way := range []struct {
+		name string
+		set  bool
+	}{
+		{"join_token_file", c.JoinTokenFile != ""},
+		{"x509pop", c.X509Pop != X509PopConfig{}},
+		{"k8s_psat", c.K8SPsat != K8SPsatConfig{}},
+	} {
+		if way.set {
+			set = append(set, way.name)
+		}
+	}
+	switch {
+	case len(set) > 1:
+		return badConfig("%s exclude each other: take one out", strings.Join(set, " and "))
+	case slices.Contains(set, "x509pop") && c.X509Pop.CertificateFile == "":
 		return badConfig("x509pop.certificate_file is missing: set x509pop: {certificate_file: /etc/assay-agent/node.pem, private_key_file: /etc/assay-agent/node.key}")
-	case x.PrivateKeyFile == "":
+	case slices.Contains(set, "x509pop") && c.X509Pop.PrivateKeyFile == "":
 		return badConfig("x509pop.private_key_file is missing: set x509pop.private_key_file: /etc/assay-agent/node.key")
-	case c.JoinTokenFile != "":
-		return badConfig("join_token_file and x509pop exclude each other: take one out")
+	case slices.Contains(set, "k8s_psat") && c.K8SPsat.Cluster == "":
+		return badConfig("k8s_psat.cluster is missing: set k8s_psat: {cluster: prod}, with the name that the server has for this cluster")
 	}
 	return nil
 }
@@ -137,6 +154,7 @@ func (c Config) checkPlaces() error {
 		{"join_token_file", c.JoinTokenFile, "/etc/assay-agent/join.token"},
 		{"x509pop.certificate_file", c.X509Pop.CertificateFile, "/etc/assay-agent/node.pem"},
 		{"x509pop.private_key_file", c.X509Pop.PrivateKeyFile, "/etc/assay-agent/node.key"},
+		{"k8s_psat.token_file", c.K8SPsat.TokenFile, defaultToken},
 	} {
 		if place.path != "" && (!filepath.IsAbs(place.path) || strings.ContainsRune(place.path, 0)) {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)

@@ -66,6 +66,9 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"a certificate without its key", func(c *Config) { c.X509Pop.CertificateFile = "/node.pem" }, "set x509pop.private_key_file: /etc"},
 		{"a key without its certificate", func(c *Config) { c.X509Pop.PrivateKeyFile = "/node.key" }, "certificate_file: /etc"},
 		{"a relative certificate", func(c *Config) { c.X509Pop = X509PopConfig{"node.pem", "/node.key"} }, "x509pop.certificate_file: /etc"},
+		{"a cluster's token without its cluster", func(c *Config) { c.JoinTokenFile, c.K8SPsat.TokenFile = "", "/token" }, "set k8s_psat: {cluster: prod}"},
+		{"a relative token of a pod", func(c *Config) { c.JoinTokenFile, c.K8SPsat = "", K8SPsatConfig{"prod", "token"} }, "k8s_psat.token_file: /var"},
+		{"two ways to prove the node", func(c *Config) { c.JoinTokenFile, c.K8SPsat.Cluster = "/token", "prod" }, "join_token_file and k8s_psat exclude each other"},
 		{"a relative key", func(c *Config) { c.X509Pop = X509PopConfig{"/node.pem", "node.key"} }, "x509pop.private_key_file: /etc"},
 		{"a certificate and a token", func(c *Config) {
 			c.X509Pop, c.JoinTokenFile = X509PopConfig{"/node.pem", "/node.key"}, "/token"

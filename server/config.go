@@ -5,6 +5,7 @@ import (
 
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/kube"
 )
 
 // Config is all that an operator sets, as it stands in server.yaml. The
@@ -37,6 +38,8 @@ type Config struct {
 	CA ca.Config `yaml:"ca"`
 	// Attestation says how nodes prove themselves.
 	Attestation AttestationConfig `yaml:"attestation"`
+	// Kubernetes are the clusters whose nodes and pods get identities.
+	Kubernetes kube.Config `yaml:"kubernetes"`
 	// Audit is the log of every issuance and every act of an operator.
 	Audit audit.Config `yaml:"audit"`
 	// Limits bound what one peer can make the server do.

@@ -67,7 +67,7 @@ reserved_prefix: spire
 	if err != nil || gid == nil || *gid != 0 {
 		t.Errorf("group root: %v, %v", gid, err)
 	}
-	if err := yaml.UnmarshalWithOptions([]byte("trust_domain: a\nkubernetes: {}\n"), &c, yaml.Strict()); err == nil {
+	if err := yaml.UnmarshalWithOptions([]byte("trust_domain: a\nfederation: {}\n"), &c, yaml.Strict()); err == nil {
 		t.Error("a key that does not exist is accepted")
 	}
 }

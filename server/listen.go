@@ -95,6 +95,11 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 			TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Roots: r.nodeRoots, Records: r.registry,
 		})
 	}
+	if len(s.cfg.Kubernetes.Clusters) > 0 {
+		attestors[agentv1.AttestorK8SPsat] = attest.NewK8SPsat(attest.K8SPsatConfig{
+			TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Clusters: r.clusters, Records: r.registry,
+		})
+	}
 	return api.NewAgentService(api.AgentConfig{
 		TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Authority: r.authority, Registry: r.registry,
 		Attestors: attestors, Refused: r.refusals.Report,

@@ -18,6 +18,7 @@ import (
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/keys"
+	"github.com/seed-caa81108/assay/server/kube"
 	"github.com/seed-caa81108/assay/server/registry"
 	"github.com/seed-caa81108/assay/server/rotation"
 	"github.com/seed-caa81108/assay/server/store"
@@ -35,6 +36,7 @@ type rooms struct {
 	rotator   *rotation.Rotator
 	refusals  *api.Refusals
 	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
+	clusters  *kube.Clusters
 	warnings  []string
 	startedAt time.Time
 
@@ -69,6 +71,9 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, err
 	}
 	if r.nodeRoots, err = loadNodeRoots(s.cfg.Attestation.X509Pop.CABundleFile); err != nil {
+		return nil, err
+	}
+	if r.clusters, err = kube.Open(s.cfg.Kubernetes, s.deps.Version); err != nil {
 		return nil, err
 	}
 	// Before anything is made that can't be taken back: an address that is in

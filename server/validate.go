@@ -51,7 +51,7 @@ func (c Config) Validate() (Config, error) {
 	for _, check := range []func() error{
 		c.checkIdentity, c.checkPlaces, c.checkChoices, c.checkLimits,
 		func() error { _, err := c.Admin.gid(); return err },
-		c.checkRemoteOperators,
+		c.checkRemoteOperators, c.Kubernetes.Check,
 		c.checkLives,
 	} {
 		if err := check(); err != nil {
@@ -73,6 +73,7 @@ func (c Config) withDefaults() Config {
 	setText(&c.ReservedPrefix, defaultPrefix)
 	setText(&c.Audit.Path, filepath.Join(c.DataDir, "audit.log"))
 	c.CA = c.CA.WithDefaults()
+	c.Kubernetes = c.Kubernetes.WithDefaults()
 	if c.Attestation.RejoinWindow == nil {
 		window := defaultRejoin
 		c.Attestation.RejoinWindow = &window

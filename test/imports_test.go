@@ -21,7 +21,7 @@ var rooms = map[string][]string{
 	"cmd/assay-agent":  {"agent", "pkg/daemon", "pkg/fault"},
 
 	"server": {
-		"server/api", "server/attest", "server/audit", "server/backup", "server/ca", "server/keys", "server/registry", "server/rotation", "server/store",
+		"server/api", "server/attest", "server/audit", "server/backup", "server/ca", "server/keys", "server/kube", "server/registry", "server/rotation", "server/store",
 		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule",
 	},
 	"server/api": {
@@ -29,9 +29,10 @@ var rooms = map[string][]string{
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
 	"server/rotation": {"server/audit", "server/ca", "server/registry", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
-	"server/attest":   {"proto/agent/v1", "pkg/fault", "pkg/name", "pkg/selector"},
+	"server/attest":   {"server/kube", "proto/agent/v1", "pkg/fault", "pkg/name", "pkg/selector"},
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},
+	"server/kube":     {"pkg/fault"},
 	"server/keys":     {"pkg/durable", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/store":    {"pkg/durable", "pkg/fault"},

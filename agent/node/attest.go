@@ -50,13 +50,18 @@ func (n *Node) ensureIdentity(ctx context.Context) (state.Identity, error) {
 	return id, nil
 }
 
-// attest proves the node by its certificate, if it has one. Otherwise it tries
-// the ways in that are open, in order: the key of the identity that ended, then
+// attest proves the node by its certificate or its pod's token, if it has one.
+// Otherwise it tries the ways in that are open, in order: the key of the identity that ended, then
 // a join token that it did not use before.
 func (n *Node) attest(ctx context.Context) error {
 	if n.cfg.X509Pop.isSet() {
 		err := n.joinByCertificate(ctx)
 		n.metrics.attempt("x509pop", err)
+		return err
+	}
+	if n.cfg.K8SPsat.isSet() {
+		err := n.joinByPod(ctx)
+		n.metrics.attempt("k8s_psat", err)
 		return err
 	}
 	id, known := n.state.Identity()

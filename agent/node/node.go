@@ -34,6 +34,8 @@ type Config struct {
 	JoinTokenFile string
 	// X509Pop is how the node proves itself instead, if it is set.
 	X509Pop X509Pop
+	// K8SPsat is another such way.
+	K8SPsat K8SPsat
 	// Version is what the agent tells the server about itself.
 	Version string
 }
@@ -123,8 +125,8 @@ func (n *Node) Run(ctx context.Context) error {
 }
 
 func (n *Node) run(ctx context.Context) error {
-	if _, ok := n.state.Identity(); !ok && n.cfg.JoinTokenFile == "" && !n.cfg.X509Pop.isSet() {
-		return fault.New(fault.Precondition, "config_no_attestor", "this agent has no identity yet: set join_token_file or x509pop")
+	if _, ok := n.state.Identity(); !ok && n.cfg.JoinTokenFile == "" && !n.cfg.X509Pop.isSet() && !n.cfg.K8SPsat.isSet() {
+		return fault.New(fault.Precondition, "config_no_attestor", "this agent has no identity yet: set join_token_file, x509pop or k8s_psat")
 	}
 	if err := n.establishTrust(ctx); err != nil {
 		return err

@@ -133,7 +133,7 @@ type book struct {
 	err       error
 }
 
-func (b *book) RecordAttested(_ context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash string) error {
+func (b *book) RecordAttested(_ context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash, _ string) error {
 	b.id, b.attestor, b.selectors, b.calls = id, attestor, selectors, b.calls+1
 	return b.err
 }

@@ -22,7 +22,7 @@ import (
 
 // nodeRecords keeps who attested by which attestor. It refuses a banned agent.
 type nodeRecords interface {
-	RecordAttested(ctx context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash string) error
+	RecordAttested(ctx context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash, evidence string) error
 }
 
 // X509PopConfig is what an X509Pop needs.
@@ -90,7 +90,7 @@ func (x *X509Pop) Attest(ctx context.Context, e Evidence, ask func(context.Conte
 	}
 	// From here on the caller is that node, whatever becomes of it.
 	result := Result{AgentID: id, Selectors: selectors, CanReattest: true}
-	return result, x.cfg.Records.RecordAttested(ctx, id, agentv1.AttestorX509Pop, selectors, key)
+	return result, x.cfg.Records.RecordAttested(ctx, id, agentv1.AttestorX509Pop, selectors, key, "")
 }
 
 // challenge has the holder of this end of the connection prove that it holds

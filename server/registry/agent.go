@@ -39,6 +39,10 @@ type Agent struct {
 	PendingNotAfter  time.Time
 	PendingAuthority string
 
+	// Evidence names what the agent last attested by, where that may be used
+	// with one key only; EvidenceKey is that key.
+	Evidence, EvidenceKey string
+
 	Banned      bool
 	CanReattest bool
 	AttestedAt  time.Time
@@ -159,11 +163,14 @@ type Issued struct {
 }
 
 // RecordAttested makes the record of an agent that may attest any number of
-// times, or brings it up to date. Which
-// certificate is the agent's is not touched: the present one is void from the
-// first use of the one that is signed next for the key whose hash is keyHash.
-// A banned agent stays banned.
-func (r *Registry) RecordAttested(ctx context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash string) error {
+// times, or brings it up to date. Which certificate is the agent's is not
+// touched: the present one is void from the first use of the one that is signed
+// next for the key whose hash is keyHash. A banned agent stays banned.
+//
+// evidence, if it is not empty, names what the agent attested by and serves one
+// key only, such as a token: it is refused with another key, since it was
+// copied then.
+func (r *Registry) RecordAttested(ctx context.Context, id spiffeid.ID, attestor string, selectors selector.Set, keyHash, evidence string) error {
 	if err := r.CheckKey(id, keyHash); err != nil {
 		return err
 	}
@@ -179,10 +186,17 @@ func (r *Registry) RecordAttested(ctx context.Context, id spiffeid.ID, attestor 
 		} else if err != nil {
 			return err
 		}
-		if a.Banned {
+		switch {
+		case a.Banned:
 			return agentBanned()
+		case evidence != "" && evidence == a.Evidence && keyHash != a.EvidenceKey:
+			return fault.New(fault.Denied, "evidence_used", "this evidence was used with another key before")
 		}
 		a.Attestor, a.Selectors, a.CanReattest, a.AttestedAt = attestor, selectors, true, wall(time.Now())
+		a.Evidence, a.EvidenceKey = "", ""
+		if evidence != "" {
+			a.Evidence, a.EvidenceKey = evidence, keyHash
+		}
 		value, err := encodeAgent(&a)
 		if err != nil {
 			return err

@@ -323,7 +323,7 @@ func TestAttestedAgentComesBackAtAnyTime(t *testing.T) {
 		return selector.NewSet(set...)
 	}
 	attested := func(set selector.Set, keyHash string) error {
-		return s.RecordAttested(t.Context(), id, "x509pop", set, keyHash)
+		return s.RecordAttested(t.Context(), id, "x509pop", set, keyHash, "")
 	}
 	if err := attested(facts("subject:cn:a"), key(1)); err != nil {
 		t.Fatal(err)
@@ -384,7 +384,7 @@ func TestKeyIsCertifiedForOneAgent(t *testing.T) {
 		check(b, 3, true)
 		s = s.restart(t)
 	}
-	wantFault(t, s.RecordAttested(t.Context(), b, "x509pop", nil, key(1)), fault.Denied, "binding_mismatch")
+	wantFault(t, s.RecordAttested(t.Context(), b, "x509pop", nil, key(1), ""), fault.Denied, "binding_mismatch")
 	token, err := s.CreateToken(t.Context(), "", 0)
 	if err != nil {
 		t.Fatal(err)

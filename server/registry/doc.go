@@ -17,7 +17,7 @@
 // answer. The mirror changes in one place only, from the store's Watch, so
 // every server that shares a store comes to the same view.
 //
-// Records, all at schema version 1:
+// Records:
 //
 //	registry/epoch      names the store's history; revisions compare within it
 //	registry/restored   which part of that history is lost; only after a restore

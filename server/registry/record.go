@@ -17,8 +17,12 @@ import (
 	"github.com/seed-caa81108/assay/server/store"
 )
 
-// schema is the version of all records of this package.
-const schema = 1
+// schema is the version of the records of this package, but for agents: theirs
+// have had the evidence since version 2.
+const (
+	schema      = 1
+	agentSchema = 2
+)
 
 const (
 	epochKey      = "registry/epoch"
@@ -142,17 +146,19 @@ type agentRecord struct {
 	PendingNotAfter  int64    `json:"pending_not_after_ms,omitempty"`
 	Authority        string   `json:"authority,omitempty"`
 	PendingAuthority string   `json:"pending_authority,omitempty"`
+	Evidence         string   `json:"evidence,omitempty"`
+	EvidenceKey      string   `json:"evidence_key,omitempty"`
 	Banned           bool     `json:"banned,omitempty"`
 	CanReattest      bool     `json:"can_reattest,omitempty"`
 	AttestedAt       int64    `json:"attested_at_ms"`
 }
 
 func encodeAgent(a *Agent) ([]byte, error) {
-	data, err := store.Encode(schema, agentRecord{
+	data, err := store.Encode(agentSchema, agentRecord{
 		ID: a.ID.String(), Attestor: a.Attestor, Selectors: selectorTexts(a.Selectors),
 		ActiveSerial: a.ActiveSerial, ActiveKey: a.ActiveKey, NotAfter: millis(a.NotAfter),
 		PendingSerial: a.PendingSerial, PendingKey: a.PendingKey, PendingNotAfter: millis(a.PendingNotAfter),
-		Authority: a.Authority, PendingAuthority: a.PendingAuthority,
+		Authority: a.Authority, PendingAuthority: a.PendingAuthority, Evidence: a.Evidence, EvidenceKey: a.EvidenceKey,
 		Banned: a.Banned, CanReattest: a.CanReattest, AttestedAt: millis(a.AttestedAt),
 	})
 	if err != nil {
@@ -163,7 +169,7 @@ func encodeAgent(a *Agent) ([]byte, error) {
 
 func (r rules) decodeAgent(rec store.Record) (Agent, error) {
 	var in agentRecord
-	if err := store.Decode(rec.Value, schema, &in); err != nil {
+	if err := store.Decode(rec.Value, agentSchema, &in); err != nil {
 		return Agent{}, fmt.Errorf("decode %s: %w", rec.Key, err)
 	}
 	id, err := name.ParseID(in.ID)
@@ -184,7 +190,7 @@ func (r rules) decodeAgent(rec store.Record) (Agent, error) {
 		ID: id, Attestor: in.Attestor, Selectors: selectors,
 		ActiveSerial: in.ActiveSerial, ActiveKey: in.ActiveKey, NotAfter: fromMillis(in.NotAfter),
 		PendingSerial: in.PendingSerial, PendingKey: in.PendingKey, PendingNotAfter: fromMillis(in.PendingNotAfter),
-		Authority: in.Authority, PendingAuthority: in.PendingAuthority,
+		Authority: in.Authority, PendingAuthority: in.PendingAuthority, Evidence: in.Evidence, EvidenceKey: in.EvidenceKey,
 		Banned: in.Banned, CanReattest: in.CanReattest, AttestedAt: fromMillis(in.AttestedAt),
 	}, nil
 }

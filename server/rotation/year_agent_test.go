@@ -40,7 +40,7 @@ type node struct {
 func (y *years) join(name string, slow time.Duration) *node {
 	y.t.Helper()
 	n := &node{y: y, id: spiffeid.RequireFromPath(td, "/assay/agent/x509pop/"+name), slow: slow, bundle: y.authority.Bundle(), key: newKey(y.t)}
-	if err := y.registry.RecordAttested(y.t.Context(), n.id, "x509pop", nil, n.keyHash()); err != nil {
+	if err := y.registry.RecordAttested(y.t.Context(), n.id, "x509pop", nil, n.keyHash(), ""); err != nil {
 		y.t.Fatal(err)
 	}
 	n.claims = y.registry.Connected(n.id, "test")

@@ -463,6 +463,61 @@ func (x *X509PopResponse) GetSignature() []byte {
 	return nil
 }
 
+// K8SPsatPayload is the evidence of attestor "k8s_psat": the projected
+// ServiceAccount token of the agent's pod.
+type K8SPsatPayload struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The cluster's name in the server's configuration.
+	Cluster       string `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *K8SPsatPayload) Reset() {
+	*x = K8SPsatPayload{}
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *K8SPsatPayload) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*K8SPsatPayload) ProtoMessage() {}
+
+func (x *K8SPsatPayload) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use K8SPsatPayload.ProtoReflect.Descriptor instead.
+func (*K8SPsatPayload) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *K8SPsatPayload) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *K8SPsatPayload) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 type RenewRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Csr           []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"`
@@ -472,7 +527,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +539,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[7]
+	mi := &file_agent_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +552,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -516,7 +571,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +583,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[8]
+	mi := &file_agent_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +596,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RenewResponse) GetIdentity() *Identity {
@@ -565,7 +620,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -577,7 +632,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[9]
+	mi := &file_agent_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -590,7 +645,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SyncRequest) GetMessage() isSyncRequest_Message {
@@ -673,7 +728,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -685,7 +740,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[10]
+	mi := &file_agent_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -698,7 +753,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SyncResponse) GetEpoch() string {
@@ -782,7 +837,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +849,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[11]
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +862,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Entry) GetId() string {
@@ -876,7 +931,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +943,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +956,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Selector) GetType() string {
@@ -929,7 +984,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -941,7 +996,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -954,7 +1009,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -995,7 +1050,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1062,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1075,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Authority) GetId() string {
@@ -1065,7 +1120,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1077,7 +1132,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1090,7 +1145,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignX509Request) GetItems() []*SignX509Request_Item {
@@ -1116,7 +1171,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1183,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1196,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignX509Response) GetResults() []*SignX509Response_Result {
@@ -1159,7 +1214,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1226,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1239,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 type BundleResponse struct {
@@ -1196,7 +1251,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1208,7 +1263,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1221,7 +1276,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *BundleResponse) GetBundle() *TrustBundle {
@@ -1233,7 +1288,8 @@ func (x *BundleResponse) GetBundle() *TrustBundle {
 
 type AttestRequest_Start struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name of the node attestor: "join_token", "rejoin" or "x509pop".
+	// Name of the node attestor: "join_token", "rejoin", "x509pop" or
+	// "k8s_psat".
 	Attestor string `protobuf:"bytes,1,opt,name=attestor,proto3" json:"attestor,omitempty"`
 	// Evidence, in the form that the attestor defines.
 	Payload []byte `protobuf:"bytes,2,opt,name=payload,proto3" json:"payload,omitempty"`
@@ -1246,7 +1302,7 @@ type AttestRequest_Start struct {
 
 func (x *AttestRequest_Start) Reset() {
 	*x = AttestRequest_Start{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1314,7 @@ func (x *AttestRequest_Start) String() string {
 func (*AttestRequest_Start) ProtoMessage() {}
 
 func (x *AttestRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1364,7 @@ type SyncRequest_Hello struct {
 
 func (x *SyncRequest_Hello) Reset() {
 	*x = SyncRequest_Hello{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1376,7 @@ func (x *SyncRequest_Hello) String() string {
 func (*SyncRequest_Hello) ProtoMessage() {}
 
 func (x *SyncRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1389,7 @@ func (x *SyncRequest_Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest_Hello.ProtoReflect.Descriptor instead.
 func (*SyncRequest_Hello) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10, 0}
 }
 
 func (x *SyncRequest_Hello) GetEpoch() string {
@@ -1370,7 +1426,7 @@ type SyncRequest_Ack struct {
 
 func (x *SyncRequest_Ack) Reset() {
 	*x = SyncRequest_Ack{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1438,7 @@ func (x *SyncRequest_Ack) String() string {
 func (*SyncRequest_Ack) ProtoMessage() {}
 
 func (x *SyncRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1451,7 @@ func (x *SyncRequest_Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest_Ack.ProtoReflect.Descriptor instead.
 func (*SyncRequest_Ack) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9, 1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10, 1}
 }
 
 func (x *SyncRequest_Ack) GetBundleSequence() uint64 {
@@ -1427,7 +1483,7 @@ type SyncRequest_Report struct {
 
 func (x *SyncRequest_Report) Reset() {
 	*x = SyncRequest_Report{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1439,7 +1495,7 @@ func (x *SyncRequest_Report) String() string {
 func (*SyncRequest_Report) ProtoMessage() {}
 
 func (x *SyncRequest_Report) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1452,7 +1508,7 @@ func (x *SyncRequest_Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest_Report.ProtoReflect.Descriptor instead.
 func (*SyncRequest_Report) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9, 2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10, 2}
 }
 
 func (x *SyncRequest_Report) GetLive() []*SyncRequest_LiveSVIDs {
@@ -1495,7 +1551,7 @@ type SyncRequest_LiveSVIDs struct {
 
 func (x *SyncRequest_LiveSVIDs) Reset() {
 	*x = SyncRequest_LiveSVIDs{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1563,7 @@ func (x *SyncRequest_LiveSVIDs) String() string {
 func (*SyncRequest_LiveSVIDs) ProtoMessage() {}
 
 func (x *SyncRequest_LiveSVIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1576,7 @@ func (x *SyncRequest_LiveSVIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest_LiveSVIDs.ProtoReflect.Descriptor instead.
 func (*SyncRequest_LiveSVIDs) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{9, 3}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{10, 3}
 }
 
 func (x *SyncRequest_LiveSVIDs) GetAuthorityId() string {
@@ -1554,7 +1610,7 @@ type SignX509Request_Item struct {
 
 func (x *SignX509Request_Item) Reset() {
 	*x = SignX509Request_Item{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1622,7 @@ func (x *SignX509Request_Item) String() string {
 func (*SignX509Request_Item) ProtoMessage() {}
 
 func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1635,7 @@ func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request_Item.ProtoReflect.Descriptor instead.
 func (*SignX509Request_Item) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16, 0}
 }
 
 func (x *SignX509Request_Item) GetEntryId() string {
@@ -1609,7 +1665,7 @@ type SignX509Response_Result struct {
 
 func (x *SignX509Response_Result) Reset() {
 	*x = SignX509Response_Result{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +1677,7 @@ func (x *SignX509Response_Result) String() string {
 func (*SignX509Response_Result) ProtoMessage() {}
 
 func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1690,7 @@ func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Result.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Result) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 0}
 }
 
 func (x *SignX509Response_Result) GetOutcome() isSignX509Response_Result_Outcome {
@@ -1688,7 +1744,7 @@ type SignX509Response_Chain struct {
 
 func (x *SignX509Response_Chain) Reset() {
 	*x = SignX509Response_Chain{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1700,7 +1756,7 @@ func (x *SignX509Response_Chain) String() string {
 func (*SignX509Response_Chain) ProtoMessage() {}
 
 func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1713,7 +1769,7 @@ func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Chain.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Chain) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16, 1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 1}
 }
 
 func (x *SignX509Response_Chain) GetCertificates() [][]byte {
@@ -1735,7 +1791,7 @@ type SignX509Response_Failure struct {
 
 func (x *SignX509Response_Failure) Reset() {
 	*x = SignX509Response_Failure{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +1803,7 @@ func (x *SignX509Response_Failure) String() string {
 func (*SignX509Response_Failure) ProtoMessage() {}
 
 func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +1816,7 @@ func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Failure.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Failure) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16, 2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 2}
 }
 
 func (x *SignX509Response_Failure) GetCode() int32 {
@@ -1815,7 +1871,10 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x10X509PopChallenge\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\"/\n" +
 	"\x0fX509PopResponse\x12\x1c\n" +
-	"\tsignature\x18\x01 \x01(\fR\tsignature\" \n" +
+	"\tsignature\x18\x01 \x01(\fR\tsignature\"@\n" +
+	"\x0eK8SPsatPayload\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\" \n" +
 	"\fRenewRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"E\n" +
 	"\rRenewResponse\x124\n" +
@@ -1916,7 +1975,7 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_v1_agent_proto_rawDescData
 }
 
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(*AttestRequest)(nil),            // 0: assay.agent.v1.AttestRequest
 	(*AttestResponse)(nil),           // 1: assay.agent.v1.AttestResponse
@@ -1925,67 +1984,68 @@ var file_agent_v1_agent_proto_goTypes = []any{
 	(*X509PopPayload)(nil),           // 4: assay.agent.v1.X509PopPayload
 	(*X509PopChallenge)(nil),         // 5: assay.agent.v1.X509PopChallenge
 	(*X509PopResponse)(nil),          // 6: assay.agent.v1.X509PopResponse
-	(*RenewRequest)(nil),             // 7: assay.agent.v1.RenewRequest
-	(*RenewResponse)(nil),            // 8: assay.agent.v1.RenewResponse
-	(*SyncRequest)(nil),              // 9: assay.agent.v1.SyncRequest
-	(*SyncResponse)(nil),             // 10: assay.agent.v1.SyncResponse
-	(*Entry)(nil),                    // 11: assay.agent.v1.Entry
-	(*Selector)(nil),                 // 12: assay.agent.v1.Selector
-	(*TrustBundle)(nil),              // 13: assay.agent.v1.TrustBundle
-	(*Authority)(nil),                // 14: assay.agent.v1.Authority
-	(*SignX509Request)(nil),          // 15: assay.agent.v1.SignX509Request
-	(*SignX509Response)(nil),         // 16: assay.agent.v1.SignX509Response
-	(*BundleRequest)(nil),            // 17: assay.agent.v1.BundleRequest
-	(*BundleResponse)(nil),           // 18: assay.agent.v1.BundleResponse
-	(*AttestRequest_Start)(nil),      // 19: assay.agent.v1.AttestRequest.Start
-	(*SyncRequest_Hello)(nil),        // 20: assay.agent.v1.SyncRequest.Hello
-	(*SyncRequest_Ack)(nil),          // 21: assay.agent.v1.SyncRequest.Ack
-	(*SyncRequest_Report)(nil),       // 22: assay.agent.v1.SyncRequest.Report
-	(*SyncRequest_LiveSVIDs)(nil),    // 23: assay.agent.v1.SyncRequest.LiveSVIDs
-	(*SignX509Request_Item)(nil),     // 24: assay.agent.v1.SignX509Request.Item
-	(*SignX509Response_Result)(nil),  // 25: assay.agent.v1.SignX509Response.Result
-	(*SignX509Response_Chain)(nil),   // 26: assay.agent.v1.SignX509Response.Chain
-	(*SignX509Response_Failure)(nil), // 27: assay.agent.v1.SignX509Response.Failure
-	(*timestamppb.Timestamp)(nil),    // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 29: google.protobuf.Duration
+	(*K8SPsatPayload)(nil),           // 7: assay.agent.v1.K8SPsatPayload
+	(*RenewRequest)(nil),             // 8: assay.agent.v1.RenewRequest
+	(*RenewResponse)(nil),            // 9: assay.agent.v1.RenewResponse
+	(*SyncRequest)(nil),              // 10: assay.agent.v1.SyncRequest
+	(*SyncResponse)(nil),             // 11: assay.agent.v1.SyncResponse
+	(*Entry)(nil),                    // 12: assay.agent.v1.Entry
+	(*Selector)(nil),                 // 13: assay.agent.v1.Selector
+	(*TrustBundle)(nil),              // 14: assay.agent.v1.TrustBundle
+	(*Authority)(nil),                // 15: assay.agent.v1.Authority
+	(*SignX509Request)(nil),          // 16: assay.agent.v1.SignX509Request
+	(*SignX509Response)(nil),         // 17: assay.agent.v1.SignX509Response
+	(*BundleRequest)(nil),            // 18: assay.agent.v1.BundleRequest
+	(*BundleResponse)(nil),           // 19: assay.agent.v1.BundleResponse
+	(*AttestRequest_Start)(nil),      // 20: assay.agent.v1.AttestRequest.Start
+	(*SyncRequest_Hello)(nil),        // 21: assay.agent.v1.SyncRequest.Hello
+	(*SyncRequest_Ack)(nil),          // 22: assay.agent.v1.SyncRequest.Ack
+	(*SyncRequest_Report)(nil),       // 23: assay.agent.v1.SyncRequest.Report
+	(*SyncRequest_LiveSVIDs)(nil),    // 24: assay.agent.v1.SyncRequest.LiveSVIDs
+	(*SignX509Request_Item)(nil),     // 25: assay.agent.v1.SignX509Request.Item
+	(*SignX509Response_Result)(nil),  // 26: assay.agent.v1.SignX509Response.Result
+	(*SignX509Response_Chain)(nil),   // 27: assay.agent.v1.SignX509Response.Chain
+	(*SignX509Response_Failure)(nil), // 28: assay.agent.v1.SignX509Response.Failure
+	(*timestamppb.Timestamp)(nil),    // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 30: google.protobuf.Duration
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
-	19, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
+	20, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
 	2,  // 1: assay.agent.v1.AttestResponse.identity:type_name -> assay.agent.v1.Identity
-	13, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
+	14, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
 	2,  // 3: assay.agent.v1.RenewResponse.identity:type_name -> assay.agent.v1.Identity
-	20, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
-	21, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
-	22, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
-	28, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
-	11, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
-	13, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	28, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
-	12, // 11: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
-	29, // 12: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
-	28, // 13: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	14, // 14: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
-	24, // 15: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
-	28, // 16: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
-	25, // 17: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
-	13, // 18: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	28, // 19: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
-	23, // 20: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
-	28, // 21: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
-	28, // 22: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
-	28, // 23: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
-	26, // 24: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
-	27, // 25: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
+	21, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
+	22, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
+	23, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
+	29, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
+	12, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
+	14, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	29, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
+	13, // 11: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
+	30, // 12: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
+	29, // 13: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	15, // 14: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
+	25, // 15: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
+	29, // 16: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
+	26, // 17: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
+	14, // 18: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	29, // 19: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
+	24, // 20: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
+	29, // 21: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
+	29, // 22: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
+	29, // 23: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
+	27, // 24: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
+	28, // 25: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
 	0,  // 26: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
-	7,  // 27: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
-	9,  // 28: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
-	15, // 29: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
-	17, // 30: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
+	8,  // 27: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
+	10, // 28: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
+	16, // 29: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
+	18, // 30: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
 	1,  // 31: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
-	8,  // 32: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
-	10, // 33: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
-	16, // 34: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
-	18, // 35: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
+	9,  // 32: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
+	11, // 33: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
+	17, // 34: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
+	19, // 35: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
 	31, // [31:36] is the sub-list for method output_type
 	26, // [26:31] is the sub-list for method input_type
 	26, // [26:26] is the sub-list for extension type_name
@@ -2006,12 +2066,12 @@ func file_agent_v1_agent_proto_init() {
 		(*AttestResponse_Challenge)(nil),
 		(*AttestResponse_Identity)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[9].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[10].OneofWrappers = []any{
 		(*SyncRequest_Hello_)(nil),
 		(*SyncRequest_Ack_)(nil),
 		(*SyncRequest_Report_)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[25].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
 		(*SignX509Response_Result_Chain)(nil),
 		(*SignX509Response_Result_Failure)(nil),
 	}
@@ -2021,7 +2081,7 @@ func file_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

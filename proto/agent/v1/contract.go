@@ -17,6 +17,7 @@ const (
 	AttestorJoinToken = "join_token" // the payload is the token
 	AttestorRejoin    = "rejoin"     // the payload is a RejoinPayload
 	AttestorX509Pop   = "x509pop"    // the payload is an X509PopPayload
+	AttestorK8SPsat   = "k8s_psat"   // the payload is a K8SPsatPayload
 )
 
 // What both ends export from the TLS connection for a RejoinPayload (RFC 8446
