@@ -34,7 +34,7 @@ type Token struct {
 
 // NewAgent names an agent; the name is its directory in the site.
 func (s *Site) NewAgent(name string) *Agent {
-	return &Agent{site: s, name: name, Ops: s.freePort(), ServerPort: s.Port}
+	return &Agent{site: s, name: name, Ops: s.ports.Free(s.tb), ServerPort: s.Port}
 }
 
 // Socket is the path of the agent's Workload API.
@@ -78,7 +78,7 @@ run_dir: %s
 metrics:
   listen: 127.0.0.1:%d
 %s`, a.site.TrustDomain, a.ServerPort, a.evidence(token), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
-	a.Process = start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
+	a.Process = Start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
 }
 
 // evidence is how the agent knows its server and proves itself to it.

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -28,7 +29,9 @@ type Process struct {
 	err  error
 }
 
-func start(tb TB, logFile string, env []string, name string, args ...string) *Process {
+// Start starts a program whose output goes to the end of a file. It is killed
+// when the test ends, and when the test's process does, however that comes.
+func Start(tb TB, logFile string, env []string, name string, args ...string) *Process {
 	tb.Helper()
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -37,15 +40,24 @@ func start(tb TB, logFile string, env []string, name string, args ...string) *Pr
 	cmd := exec.Command(name, args...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Env = append(os.Environ(), env...)
-	if err := cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	p := &Process{tb: tb, cmd: cmd, done: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		defer close(p.done)
+		defer func() { _ = out.Close() }()
+		// The child dies with its parent's thread, which therefore waits for it.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			p.err = cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		tb.Fatalf("start %s: %v", name, err)
 	}
-	p := &Process{tb: tb, cmd: cmd, done: make(chan struct{})}
-	go func() {
-		p.err = cmd.Wait()
-		_ = out.Close()
-		close(p.done)
-	}()
 	tb.Cleanup(func() { p.Stop(syscall.SIGKILL) })
 	return p
 }

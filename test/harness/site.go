@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -37,7 +35,7 @@ type Site struct {
 
 	tb    TB
 	dir   string
-	ports map[int]bool // given away
+	ports Ports
 }
 
 // NewSite makes an empty site with the binaries in bins. Its directory has a
@@ -48,8 +46,8 @@ func NewSite(tb TB, bins, more string) *Site {
 	if err != nil {
 		tb.Fatalf("make a directory: %v", err)
 	}
-	s := &Site{Bins: bins, TrustDomain: TrustDomain, More: more, tb: tb, dir: dir, ports: map[int]bool{}}
-	s.Port, s.Ops = s.freePort(), s.freePort()
+	s := &Site{Bins: bins, TrustDomain: TrustDomain, More: more, tb: tb, dir: dir}
+	s.Port, s.Ops = s.ports.Free(tb), s.ports.Free(tb)
 	tb.Cleanup(func() {
 		if tb.Failed() {
 			s.dumpLogs()
@@ -57,27 +55,6 @@ func NewSite(tb TB, bins, more string) *Site {
 		_ = os.RemoveAll(dir)
 	})
 	return s
-}
-
-// freePort returns a TCP port of the loopback that nobody listens on and that
-// was not returned before. It lies below the ports that the kernel gives to
-// outgoing connections, so that it is still free when its owner restarts.
-func (s *Site) freePort() int {
-	s.tb.Helper()
-	for range 100 {
-		port := 10000 + rand.IntN(20000)
-		lis, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
-			continue
-		}
-		_ = lis.Close()
-		if !s.ports[port] {
-			s.ports[port] = true
-			return port
-		}
-	}
-	s.tb.Fatalf("found no free port")
-	return 0
 }
 
 func (s *Site) dumpLogs() {
@@ -138,7 +115,7 @@ metrics:
   listen: 127.0.0.1:%d
 %s`, s.TrustDomain, time.Now().UTC().Format(time.DateOnly), seal, s.Port, s.AdminSocket(), strings.Join(s.RemoteOperators, ", "), s.File("server/data"), s.Ops, s.More))
 	command := append(slices.Clone(s.Under), s.bin("assay-server"), "run", "--config", config)
-	s.Server = start(s.tb, s.File("server.log"), env, command[0], command[1:]...)
+	s.Server = Start(s.tb, s.File("server.log"), env, command[0], command[1:]...)
 }
 
 // Try runs one of the binaries to its end, for at most a minute.
