@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build demo test check bench conformance generate generate-check released docs zlint alerts lint fmt long fuzz clean
+.PHONY: build demo test test-kube check bench conformance generate generate-check released docs zlint alerts lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -26,6 +26,10 @@ test: need-gcc ## unit tests with the race detector, then end to end through the
 	$(RACE) -tags '$(ROOT)' ./...
 	$(RACE) -tags 'e2e $(ROOT)' -count=1 ./test/e2e/...
 
+test-kube: need-gcc ## against a real Kubernetes API, built before the first run on a machine
+	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver
+	$(RACE) -tags 'kube $(ROOT)' -count=1 ./test/kube/...
+
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
 	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m ./test/e2e/...
 	@# Sixteen months in a bubble take a minute, with the race detector ten.
@@ -36,7 +40,7 @@ long: need-gcc need-strace ## the suites that take longer: endurance, kill point
 
 check: generate-check lint zlint alerts ## everything that must hold before a commit
 	$(GO) vet ./...
-	$(GO) vet -tags 'e2e long root' ./...
+	$(GO) vet -tags 'e2e kube long root' ./...
 	$(MAKE) test
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
@@ -82,7 +86,7 @@ docs: ## docs/reference from the source; make test says when that is due
 
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff
-	$(TOOLS)/golangci-lint run --build-tags 'e2e long root' ./...
+	$(TOOLS)/golangci-lint run --build-tags 'e2e kube long root' ./...
 
 fmt: $(TOOLS)/golangci-lint
 	$(TOOLS)/golangci-lint fmt
