@@ -27,7 +27,7 @@ test: need-gcc ## unit tests with the race detector, then end to end through the
 	$(RACE) -tags 'e2e $(ROOT)' -count=1 ./test/e2e/...
 
 test-kube: need-gcc ## against a real Kubernetes API, built before the first run on a machine
-	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver
+	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok
 	$(RACE) -tags 'kube $(ROOT)' -count=1 ./test/kube/...
 
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse

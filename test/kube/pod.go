@@ -33,6 +33,19 @@ func (s *Space) Node(name string) *corev1.Node {
 // would: that it runs.
 func (s *Space) Run(p Pod) *corev1.Pod {
 	s.t.Helper()
+	pod := s.Bind(p)
+	pod.Status.Phase = corev1.PodRunning
+	pod, err := s.Core.Pods(s.Namespace).UpdateStatus(s.t.Context(), pod, metav1.UpdateOptions{})
+	if err != nil {
+		s.t.Fatalf("say that pod %s runs: %v", p.Name, err)
+	}
+	return pod
+}
+
+// Bind makes a pod that is bound to its node and pending until a kubelet, or
+// the test, says that it runs.
+func (s *Space) Bind(p Pod) *corev1.Pod {
+	s.t.Helper()
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: p.Name, Labels: p.Labels},
 		Spec: corev1.PodSpec{
@@ -44,15 +57,9 @@ func (s *Space) Run(p Pod) *corev1.Pod {
 	if p.Owner != nil {
 		pod.OwnerReferences = []metav1.OwnerReference{*p.Owner}
 	}
-	pods := s.Core.Pods(s.Namespace)
-	pod, err := pods.Create(s.t.Context(), pod, metav1.CreateOptions{})
+	pod, err := s.Core.Pods(s.Namespace).Create(s.t.Context(), pod, metav1.CreateOptions{})
 	if err != nil {
 		s.t.Fatalf("create pod %s: %v", p.Name, err)
-	}
-	pod.Status.Phase = corev1.PodRunning
-	pod, err = pods.UpdateStatus(s.t.Context(), pod, metav1.UpdateOptions{})
-	if err != nil {
-		s.t.Fatalf("say that pod %s runs: %v", p.Name, err)
 	}
 	return pod
 }

@@ -3,7 +3,7 @@
 # test/tools. That takes minutes, so it is done once per machine: they are kept in
 # the user's cache by their version and Go's, and linked into DIR.
 #
-# usage: test/kube/tools.sh DIR NAME...    NAME: etcd or kube-apiserver
+# usage: test/kube/tools.sh DIR NAME...    NAME: etcd, kube-apiserver or kwok
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -31,6 +31,11 @@ provide() {
 		mkdir -p "$kept"
 		# Under another name first, so that nobody finds half a program.
 		go -C "$pins" build -trimpath -ldflags "$flags" -o "$kept/$name.$$" "$package"
+		if [[ $name == kwok ]]; then
+			# What it does with nodes and pods lies beside its source.
+			(cd "$(go -C "$pins" list -m -f '{{.Dir}}' "$module")/kustomize/stage" &&
+				awk 'FNR == 1 { print "---" } 1' node/fast/node-*.yaml node/heartbeat/node-*.yaml pod/fast/pod-*.yaml) >"$kept/stages.yaml"
+		fi
 		mv "$kept/$name.$$" "$kept/$name"
 		trap - EXIT
 	fi
@@ -41,6 +46,7 @@ for name; do
 	case $name in
 	etcd) provide etcd etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 ;;
 	kube-apiserver) provide kube-apiserver kube k8s.io/kubernetes k8s.io/kubernetes/cmd/kube-apiserver ;;
+	kwok) provide kwok kwok sigs.k8s.io/kwok sigs.k8s.io/kwok/cmd/kwok ;;
 	*) echo "$0: there is no $name" >&2; exit 64 ;;
 	esac
 done
