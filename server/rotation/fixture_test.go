@@ -67,6 +67,7 @@ type site struct {
 	mu        sync.Mutex
 	agents    []*agent
 	automatic bool
+	dozes     func() bool // whether an agent that is awake lets this look pass
 }
 
 // agent is what the server knows of one: it takes every bundle and renews all
@@ -74,6 +75,7 @@ type site struct {
 type agent struct {
 	name   string
 	asleep bool
+	trusts []ca.Root // of the bundle that it acknowledged
 	status registry.AgentStatus
 }
 
@@ -107,19 +109,27 @@ func inBubble(t *testing.T, do func(*testing.T, *site)) {
 
 // start is a server that comes up on the store as it is.
 func (s *site) start() {
-	var err error
-	if s.authority, err = ca.Open(s.t.Context(), s.opts); err != nil {
+	if err := s.open(); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+func (s *site) open() error {
+	authority, err := ca.Open(s.t.Context(), s.opts)
+	if err != nil {
+		return err
+	}
+	s.authority = authority
 	s.registry = prometheus.NewPedanticRegistry()
 	s.rotator = rotation.New(rotation.Options{
-		Authority: s.authority, Fleet: s.fleet, MaxTTL: time.Hour, Audit: s.audit, Log: s.opts.Log, Automatic: s.automatic,
+		Authority: s.authority, Fleet: s.fleet, MaxTTL: time.Hour, Audit: s.opts.Audit, Log: s.opts.Log, Automatic: s.automatic,
 		OwnAuthority: func() string { return s.authority.Issuer().AuthorityID }, Registerer: s.registry,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel
 	s.ended.Go(func() { _ = s.authority.Run(ctx) })
 	s.ended.Go(func() { _ = s.rotator.Run(ctx) })
+	return nil
 }
 
 func (s *site) kill() {
@@ -155,7 +165,8 @@ func (s *site) fleet() []registry.AgentStatus {
 	defer s.mu.Unlock()
 	var list []registry.AgentStatus
 	for _, a := range s.agents {
-		if !a.asleep {
+		if !a.asleep && (s.dozes == nil || !s.dozes()) {
+			a.trusts = bundle.Roots
 			a.status.AcknowledgedSequence = bundle.Sequence
 			a.status.NotAfter = time.Now().Add(12 * time.Hour)
 			a.status.Authority = issuer
