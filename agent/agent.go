@@ -119,7 +119,13 @@ func (a *Agent) open() (_ *rooms, err error) {
 	}); err != nil {
 		return nil, err
 	}
-	attestor, err := attest.NewAttestor(attest.Options{Config: a.cfg.Attestation, Log: log})
+	sources := map[string]attest.Source{"unix": attest.NewUnix(a.cfg.Attestation.Unix)}
+	if a.cfg.K8SPsat.Cluster != "" {
+		if sources["k8s"], err = attest.NewK8S(a.cfg.Attestation.K8S, r.cache); err != nil {
+			return nil, err
+		}
+	}
+	attestor, err := attest.NewAttestor(attest.Options{Config: a.cfg.Attestation, Sources: sources, Log: log})
 	if err != nil {
 		return nil, err
 	}

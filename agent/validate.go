@@ -58,6 +58,7 @@ func (c Config) withDefaults() Config {
 			*f.field = f.value
 		}
 	}
+	c.Attestation.K8S = c.Attestation.K8S.WithDefaults()
 	if c.K8SPsat.Cluster != "" && c.K8SPsat.TokenFile == "" {
 		c.K8SPsat.TokenFile = defaultToken
 	}

@@ -102,7 +102,7 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 	}
 	return api.NewAgentService(api.AgentConfig{
 		TrustDomain: s.cfg.trustDomain(), ReservedPrefix: s.cfg.prefix(), Authority: r.authority, Registry: r.registry,
-		Attestors: attestors, Refused: r.refusals.Report,
+		Attestors: attestors, Clusters: r.clusters, Refused: r.refusals.Report,
 		Audit: r.audit, Log: s.deps.Log, SignBatch: s.cfg.Limits.SignBatch, AttestRate: s.cfg.Limits.AttestRate,
 		SyncStreams: s.cfg.Limits.AgentConnections, // an honest agent has one on each
 		Rates: api.AgentRates{

@@ -73,7 +73,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if r.nodeRoots, err = loadNodeRoots(s.cfg.Attestation.X509Pop.CABundleFile); err != nil {
 		return nil, err
 	}
-	if r.clusters, err = kube.Open(s.cfg.Kubernetes, s.deps.Version); err != nil {
+	if r.clusters, err = kube.Open(s.cfg.Kubernetes, s.cfg.trustDomain(), s.cfg.prefix(), s.deps.Version); err != nil {
 		return nil, err
 	}
 	// Before anything is made that can't be taken back: an address that is in
@@ -106,11 +106,19 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	}
 	if r.registry, err = registry.Open(ctx, registry.Options{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), RejoinWindow: *s.cfg.Attestation.RejoinWindow,
-		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
+		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, NewEntry: s.newEntry(r.clusters), Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
 	}); err != nil {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	return r, nil
+}
+
+// newEntry refuses entries that would give a pod the identity of another.
+func (s *Server) newEntry(clusters *kube.Clusters) registry.Guard {
+	if len(s.cfg.Kubernetes.Clusters) == 0 {
+		return nil
+	}
+	return func(e *registry.Entry) error { return clusters.CheckEntry(e.SPIFFEID, e.Selectors) }
 }
 
 // checkRollback refuses a store that has not come as far as the audit log says

@@ -129,6 +129,7 @@ func (s *Server) serve(ctx context.Context, r *rooms) error {
 			return fmt.Errorf("run %s: %w", room.name, err)
 		})
 	}
+	g.Go(func() error { return r.clusters.Run(below, s.deps.Log) })
 	g.Go(func() error {
 		select {
 		case <-r.store.Failed():

@@ -51,7 +51,8 @@ func (c Config) Validate() (Config, error) {
 	for _, check := range []func() error{
 		c.checkIdentity, c.checkPlaces, c.checkChoices, c.checkLimits,
 		func() error { _, err := c.Admin.gid(); return err },
-		c.checkRemoteOperators, c.Kubernetes.Check,
+		c.checkRemoteOperators,
+		func() error { return c.Kubernetes.Check(c.trustDomain(), c.prefix()) },
 		c.checkLives,
 	} {
 		if err := check(); err != nil {

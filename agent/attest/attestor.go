@@ -27,6 +27,8 @@ type Config struct {
 	RequireHostPID bool `yaml:"require_host_pid"`
 	// Unix says what is told of every process.
 	Unix UnixConfig `yaml:"unix"`
+	// K8S says how pods are told apart, on a node that attests by k8s_psat.
+	K8S K8SConfig `yaml:"k8s"`
 }
 
 // Process is a caller as the kernel described it when its connection was
@@ -122,6 +124,9 @@ func (a *Attestor) attest(ctx context.Context, p Process) (selector.Set, error) 
 			if a.failures.Allow() {
 				a.log.LogAttrs(ctx, slog.LevelWarn, "workload attestation failed", slog.String("attestor", s.name),
 					slog.Int64("pid", int64(p.PID)), slog.Uint64("uid", uint64(p.UID)), slog.String("error", err.Error()))
+			}
+			if fault.KindOf(err) == fault.Denied { // it is certain that the caller can't be told apart
+				return nil, fault.Wrap(fault.Denied, fmt.Errorf("attestor %s: %w", s.name, err), fault.ReasonOf(err), "no identity issued")
 			}
 			return nil, fault.Wrap(fault.NotReady, fmt.Errorf("attestor %s: %w", s.name, err), "attestation_failed",
 				"workload attestation failed; retry, and see the agent's log if it stays")

@@ -84,6 +84,9 @@ type Cache struct {
 	verifier *verifier
 	entries  map[string]*entry
 	byKey    map[selector.Selector]map[*entry]struct{}
+	pods     map[string]*pod // by UID; of a node of Kubernetes
+	// podsChanged is closed, and made anew, when pods changed.
+	podsChanged chan struct{}
 	// Who is served.
 	groups        map[string]*group
 	groupsBy      map[selector.Selector]map[*group]struct{}
@@ -123,6 +126,7 @@ func New(o Options) (*Cache, error) {
 		state: o.State, servers: o.Connector, clock: o.Clock, log: o.Log,
 		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1), doubts: make(chan struct{}, 1),
 		entries: map[string]*entry{}, byKey: map[selector.Selector]map[*entry]struct{}{},
+		pods: map[string]*pod{}, podsChanged: make(chan struct{}),
 		groups: map[string]*group{}, groupsBy: map[selector.Selector]map[*group]struct{}{}, dirty: map[*group]struct{}{},
 		subscriptions: map[*Subscription]struct{}{}, hintsWarned: map[string]struct{}{},
 		ready: queue{less: byUrgency}, timed: queue{less: byTime}, wait: schedule.Backoff{Max: 10 * time.Second},
@@ -155,6 +159,7 @@ func (c *Cache) Purge() error {
 	for _, e := range c.entries {
 		c.removeEntry(e)
 	}
+	clear(c.pods)
 	c.flush(c.now())
 	c.mu.Unlock()
 	return c.removeSealed()

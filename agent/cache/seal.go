@@ -39,6 +39,7 @@ type sealed struct {
 	revision int64
 	lastSync time.Time
 	records  []sealedRecord
+	pods     [][]byte // agentv1.Pod
 }
 
 // sealedRecord is an entry, with its SVID if it has one.
@@ -133,6 +134,9 @@ func (c *Cache) collect() (sealed, bool) {
 	for _, e := range c.entries {
 		s.records = append(s.records, sealedRecord{wire: e.wire, committed: e.committed, svid: e.svid})
 	}
+	for _, p := range c.pods {
+		s.pods = append(s.pods, p.wire)
+	}
 	return s, true
 }
 
@@ -165,6 +169,7 @@ func (c *Cache) load() {
 	for _, r := range content.records {
 		c.restore(r, at)
 	}
+	c.restorePods(content.pods)
 	c.noteOnDisk(content.records)
 }
 
@@ -248,6 +253,7 @@ const (
 	fieldRevision
 	fieldLastSync
 	fieldRecord
+	fieldPod
 )
 
 const (
@@ -263,6 +269,9 @@ const (
 
 func (s sealed) encode() []byte {
 	size := 256
+	for _, pod := range s.pods {
+		size += len(pod) + 8
+	}
 	for _, r := range s.records {
 		size += len(r.wire) + 96
 		if r.svid != nil {
@@ -280,6 +289,9 @@ func (s sealed) encode() []byte {
 		b = appendBytes(b, fieldRecord, record)
 	}
 	clear(record[:cap(record)]) // it held the last key
+	for _, pod := range s.pods {
+		b = appendBytes(b, fieldPod, pod)
+	}
 	return b
 }
 
@@ -364,6 +376,8 @@ func decodeSealed(b []byte) (*sealed, error) {
 				return err
 			}
 			s.records = append(s.records, r)
+		case fieldPod:
+			s.pods = append(s.pods, bytes.Clone(value))
 		}
 		return nil
 	})

@@ -291,6 +291,7 @@ func (c *Cache) apply(ctx context.Context, chunks []*agentv1.SyncResponse) error
 		c.setBundle(newest)
 	}
 	removed := c.change(chunks, list)
+	c.changePods(ctx, chunks)
 	c.epoch, c.revision = last.GetEpoch(), last.GetRevision()
 	c.lastSync = c.now()
 	if !c.synced {
@@ -363,7 +364,7 @@ func (c *Cache) change(chunks []*agentv1.SyncResponse, list []facts) int {
 	}
 	if chunks[0].GetSnapshot() {
 		for id, e := range c.entries {
-			if _, ok := keep[id]; !ok {
+			if _, ok := keep[id]; !ok && !isPod(id) {
 				c.removeEntry(e)
 			}
 		}

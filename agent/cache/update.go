@@ -24,7 +24,7 @@ type update struct {
 }
 
 func (u *update) add(chunk *agentv1.SyncResponse) error {
-	u.items += len(chunk.GetEntries()) + len(chunk.GetRemovedEntryIds())
+	u.items += len(chunk.GetEntries()) + len(chunk.GetRemovedEntryIds()) + len(chunk.GetPods().GetPods()) + len(chunk.GetPods().GetRemovedUids())
 	u.bytes += proto.Size(chunk)
 	u.chunks = append(u.chunks, chunk)
 	if u.items > maxUpdateItems || u.bytes > maxUpdateBytes || len(u.chunks) > maxUpdateChunks {

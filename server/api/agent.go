@@ -16,6 +16,7 @@ import (
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/kube"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -27,7 +28,9 @@ type AgentConfig struct {
 	Authority      *ca.Authority
 	Registry       *registry.Registry
 	Attestors      map[string]NodeAttestor
-	Audit          Auditor
+	// Clusters are the Kubernetes clusters whose nodes are agents; nil: none.
+	Clusters *kube.Clusters
+	Audit    Auditor
 	// Refused is told of agents whose streams end because they may not go on.
 	Refused Refused
 	Log     *slog.Logger

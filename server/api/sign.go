@@ -27,7 +27,9 @@ const maxRefusalLines = 8
 
 // signing is one item on its way.
 type signing struct {
-	entry registry.Entry
+	entry   registry.Entry
+	rule    string
+	cluster string // of the agent's node; empty: it is in none
 	key   crypto.PublicKey
 	err   error
 	chain [][]byte
@@ -85,7 +87,7 @@ func (s *AgentService) prepare(agent spiffeid.ID, item *agentv1.SignX509Request_
 			s.cfg.Log.LogAttrs(context.Background(), slog.LevelError, "item could not be prepared", slog.String("error", w.err.Error()))
 		}
 	}()
-	if w.entry, w.err = s.cfg.Registry.EntryFor(agent, item.GetEntryId()); w.err == nil {
+	if w.err = s.find(&w, agent, item.GetEntryId()); w.err == nil {
 		w.key, w.err = ca.ParseCSR(item.GetCsr())
 	}
 	return w
@@ -99,7 +101,7 @@ func (s *AgentService) auditRefusals(ctx context.Context, items []*agentv1.SignX
 		if w.err == nil || len(lines) == maxRefusalLines {
 			continue
 		}
-		line := audit.Line{Origin: origin(ctx), Action: "x509_svid.issue", Why: audit.Why{Rule: "entry"}, Result: result(w.err)}
+		line := audit.Line{Origin: origin(ctx), Action: "x509_svid.issue", Why: audit.Why{Rule: w.rule}, Result: result(w.err)}
 		if w.entry.ID != "" {
 			line.Target = audit.Target{SPIFFEID: w.entry.SPIFFEID.String(), EntryID: w.entry.ID, EntryRevision: w.entry.Revision}
 		} else if len(items[i].GetEntryId()) <= registry.MaxEntryID {
@@ -124,7 +126,7 @@ func (s *AgentService) sign(ctx context.Context, work []signing) error {
 		of = append(of, i)
 		reqs = append(reqs, ca.X509Request{
 			Kind: ca.Workload, ID: w.entry.SPIFFEID, PublicKey: w.key, DNSNames: w.entry.DNSNames, TTL: w.entry.X509SVIDTTL, NotAfter: w.entry.ExpiresAt,
-			EntryID: w.entry.ID, EntryRevision: w.entry.Revision, Rule: "entry",
+			EntryID: w.entry.ID, EntryRevision: w.entry.Revision, Rule: w.rule, Cluster: w.cluster,
 		})
 	}
 	if len(reqs) == 0 {

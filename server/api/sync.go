@@ -15,6 +15,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/kube"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -49,7 +50,7 @@ func (s *AgentService) Sync(stream syncStream) error {
 	}
 	defer leave()
 	incoming := make(chan *agentv1.SyncRequest)
-	ends := make(chan error, 3)
+	ends := make(chan error, 4)
 	go func() { ends <- receive(ctx, stream, incoming) }()
 	hello, err := s.hello(incoming, ends)
 	if err != nil {
@@ -60,9 +61,14 @@ func (s *AgentService) Sync(stream syncStream) error {
 	session := &syncSession{
 		authority: s.cfg.Authority, bundles: &s.bundles, log: s.cfg.Log, claims: claims, caller: caller,
 		newest: s.cfg.Registry.Revision, updates: make(chan registry.Update), send: stream.Send,
+		clusters: s.cfg.Clusters, pods: make(chan kube.Change),
 	}
 	feed := s.cfg.Registry.Follow(caller.ID, hello.GetEpoch(), hello.GetRevision())
 	go func() { ends <- session.follow(ctx, feed) }()
+	if pods := s.podsOf(caller.ID); pods != nil {
+		session.cluster = pods.Cluster()
+		go func() { ends <- session.followPods(ctx, pods) }()
+	}
 	go func() { ends <- session.push(ctx) }()
 	return s.watch(session, incoming, ends)
 }
@@ -140,6 +146,9 @@ type syncSession struct {
 	newest    func() int64 // revision that there is
 	caller    rpc.Caller
 	updates   chan registry.Update
+	clusters  *kube.Clusters
+	cluster   string // of the agent's node, if it is one of Kubernetes
+	pods      chan kube.Change
 	send      func(*agentv1.SyncResponse) error
 	alarmed   bool
 }
@@ -184,6 +193,8 @@ func (s *syncSession) push(ctx context.Context) error {
 			bundle = s.authority.Bundle()
 			// A delta without entries: the view is as complete as before.
 			err = s.deliver(registry.Update{Epoch: last.Epoch, Revision: last.Revision}, bundle)
+		case change := <-s.pods:
+			err = s.deliverPods(last, change)
 		case <-ctx.Done():
 			err = fault.Wrap(fault.NotReady, ctx.Err(), "stream_ended", "the stream ended")
 		}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 
@@ -15,19 +16,26 @@ import (
 
 // Clusters are the clusters of the configuration.
 type Clusters struct {
-	byName map[string]*cluster
+	cfg      Config
+	template *Template
+	byName   map[string]*cluster
 }
 
 type cluster struct {
-	name string
-	cfg  ClusterConfig
-	api  *api
+	name  string
+	cfg   ClusterConfig
+	api   *api
+	index *index
 }
 
 // Open prepares all clusters; none is asked anything yet. version is the
-// server's own, for the API servers' logs.
-func Open(cfg Config, version string) (*Clusters, error) {
-	all := &Clusters{byName: make(map[string]*cluster, len(cfg.Clusters))}
+// server's own, for the API servers' logs. The configuration has passed Check.
+func Open(cfg Config, td spiffeid.TrustDomain, reserved, version string) (*Clusters, error) {
+	template, err := NewTemplate(td, reserved, cfg.Template)
+	if err != nil {
+		return nil, err
+	}
+	all := &Clusters{cfg: cfg, template: template, byName: make(map[string]*cluster, len(cfg.Clusters))}
 	for name, c := range cfg.Clusters {
 		access, err := restConfig(name, c.Kubeconfig)
 		if err != nil {
@@ -37,7 +45,7 @@ func Open(cfg Config, version string) (*Clusters, error) {
 		if err != nil {
 			return nil, err
 		}
-		all.byName[name] = &cluster{name: name, cfg: c, api: api}
+		all.byName[name] = &cluster{name: name, cfg: c, api: api, index: newIndex(name)}
 	}
 	return all, nil
 }

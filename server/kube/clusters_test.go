@@ -138,17 +138,17 @@ func TestClustersThatCannotBeConfigured(t *testing.T) {
 		"an account of no name": func() (string, ClusterConfig) { c := good(); c.AgentServiceAccounts = []string{"a/"}; return "prod", c },
 	} {
 		cluster, c := spoil()
-		if err := (Config{Clusters: map[string]ClusterConfig{cluster: c}}).WithDefaults().Check(); fault.ReasonOf(err) != "config_kubernetes" {
+		if err := (Config{Clusters: map[string]ClusterConfig{cluster: c}}).WithDefaults().Check(example, "/assay/"); fault.ReasonOf(err) != "config_kubernetes" {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := (Config{Clusters: map[string]ClusterConfig{"prod-1.eu_west": good()}}).WithDefaults().Check(); err != nil {
+	if err := (Config{Clusters: map[string]ClusterConfig{"prod-1.eu_west": good()}}).WithDefaults().Check(example, "/assay/"); err != nil {
 		t.Error(err)
 	}
 	missing := good()
 	missing.Kubeconfig = "/nowhere/kubeconfig"
 	for _, c := range []ClusterConfig{missing, good()} { // there is no cluster around a test
-		if _, err := Open(Config{Clusters: map[string]ClusterConfig{"prod": c}}, "test"); fault.ReasonOf(err) != "config_kubernetes" {
+		if _, err := Open(Config{Clusters: map[string]ClusterConfig{"prod": c}}.WithDefaults(), example, "/assay/", "test"); fault.ReasonOf(err) != "config_kubernetes" {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}

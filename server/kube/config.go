@@ -6,6 +6,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -16,6 +19,21 @@ type Config struct {
 	// your own: the name is in the ID of each agent of that cluster and can't be
 	// changed later. Default none.
 	Clusters map[string]ClusterConfig `yaml:"clusters"`
+	// Template is the path of the SPIFFE ID that every pod on an attested node
+	// gets without an entry. {namespace}, {service_account} and {cluster} in it
+	// stand for the pod's; the first two are needed. It can't be below the
+	// reserved prefix. Default /ns/{namespace}/sa/{service_account}.
+	Template string `yaml:"template"`
+	// NamespaceSameness says that a namespace means the same in all clusters, so
+	// that pods of several may have the same ID. Without it, several clusters
+	// need {cluster} in the template. Default false.
+	NamespaceSameness bool `yaml:"namespace_sameness"`
+	// ExcludeNamespaces are those whose pods get no ID from the template. Default
+	// none.
+	ExcludeNamespaces []string `yaml:"exclude_namespaces"`
+	// X509SVIDTTL is the life of certificates for IDs from the template. Default
+	// ca.x509_svid_ttl.
+	X509SVIDTTL time.Duration `yaml:"x509_svid_ttl"`
 }
 
 // ClusterConfig is one of `kubernetes.clusters`.
@@ -36,7 +54,10 @@ type ClusterConfig struct {
 	NodeLabels []string `yaml:"node_labels"`
 }
 
-const defaultAudience = "assay-server"
+const (
+	defaultAudience = "assay-server"
+	defaultTemplate = "/ns/{namespace}/sa/{service_account}"
+)
 
 // A cluster's name is a segment of SPIFFE IDs and stands in certificates.
 var clusterName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?$`)
@@ -50,6 +71,9 @@ var (
 
 // WithDefaults returns c with its zero fields filled.
 func (c Config) WithDefaults() Config {
+	if c.Template == "" {
+		c.Template = defaultTemplate
+	}
 	if len(c.Clusters) == 0 {
 		return c
 	}
@@ -64,8 +88,21 @@ func (c Config) WithDefaults() Config {
 	return c
 }
 
-// Check says what is wrong with a configuration that has its defaults.
-func (c Config) Check() error {
+// Check says what is wrong with a configuration that has its defaults, in this
+// trust domain and with this reserved prefix ("/assay/").
+func (c Config) Check(td spiffeid.TrustDomain, reserved string) error {
+	template, err := NewTemplate(td, reserved, c.Template)
+	switch {
+	case err != nil:
+		return err
+	case strings.HasPrefix(c.Template, reserved):
+		return bad("kubernetes.template is below %s, which is for the server and its agents: begin it otherwise, as in %s", reserved, defaultTemplate)
+	case len(c.Clusters) > 1 && !template.hasCluster() && !c.NamespaceSameness:
+		return bad("kubernetes.clusters has %d clusters whose pods would get the same IDs: put {cluster} into kubernetes.template, as in /cluster/{cluster}%s, or set kubernetes.namespace_sameness: true if a namespace means the same in all of them",
+			len(c.Clusters), defaultTemplate)
+	case c.X509SVIDTTL < 0:
+		return bad("kubernetes.x509_svid_ttl is negative: set it to a life such as 1h, or leave it out")
+	}
 	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
 		cluster, key := c.Clusters[name], "kubernetes.clusters."+name
 		if !clusterName.MatchString(name) {

@@ -9,12 +9,15 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
+
+var example = spiffeid.RequireTrustDomainFromString("example.org")
 
 // fakeAPI answers like an API server, or like one that lies. The real one is
 // asked in test/kube.
@@ -90,10 +93,10 @@ func (f *fakeAPI) clusters() *Clusters {
 		f.t.Fatal(err)
 	}
 	cfg := Config{Clusters: map[string]ClusterConfig{"prod": {Kubeconfig: file, AgentServiceAccounts: []string{"assay/assay-agent"}, NodeLabels: []string{"zone", "absent"}}}}.WithDefaults()
-	if err := cfg.Check(); err != nil {
+	if err := cfg.Check(example, "/assay/"); err != nil {
 		f.t.Fatal(err)
 	}
-	c, err := Open(cfg, "test")
+	c, err := Open(cfg, example, "/assay/", "test")
 	if err != nil {
 		f.t.Fatal(err)
 	}

@@ -45,7 +45,7 @@ func (r *Registry) UpdateEntry(ctx context.Context, id string, change func(*Entr
 		if err := r.check(&next); err != nil {
 			return Entry{}, err
 		}
-		if err := pass(guards, &old, &next); err != nil {
+		if err := errors.Join(pass(r.newEntry, &next), pass(guards, &old, &next)); err != nil {
 			return Entry{}, err
 		}
 		if next.expired(time.Now()) {

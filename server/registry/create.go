@@ -139,7 +139,7 @@ func (r *Registry) draft(e Entry, now time.Time, guards []Guard) (*draft, error)
 	if err := r.check(&e); err != nil {
 		return nil, err
 	}
-	if err := pass(guards, &e); err != nil {
+	if err := errors.Join(pass(r.newEntry, &e), pass(guards, &e)); err != nil {
 		return nil, err
 	}
 	if e.expired(now) {

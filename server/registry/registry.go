@@ -46,9 +46,12 @@ type Options struct {
 	// with its key; it also bounds the retry of a token. Zero: neither.
 	RejoinWindow   time.Duration
 	MaxX509SVIDTTL time.Duration
-	Store          store.KV
-	Log            *slog.Logger
-	Registerer     prometheus.Registerer
+	// NewEntry, if it is set, judges each entry as it is to be from now on; those
+	// that are there stay.
+	NewEntry   Guard
+	Store      store.KV
+	Log        *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Registry answers for entries, agents and join tokens. Reads come from
@@ -56,6 +59,7 @@ type Options struct {
 // runs.
 type Registry struct {
 	rules
+	newEntry     []Guard
 	store        store.KV
 	log          *slog.Logger
 	rejoinWindow time.Duration
@@ -87,6 +91,9 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		mirror:       newMirror(configured, changesKept),
 		fleet:        newFleet(),
 		stopped:      make(chan struct{}),
+	}
+	if o.NewEntry != nil {
+		r.newEntry = []Guard{o.NewEntry}
 	}
 	if err := r.openEpoch(ctx); err != nil {
 		return nil, err

@@ -720,8 +720,10 @@ type SyncResponse struct {
 	Entries         []*Entry `protobuf:"bytes,6,rep,name=entries,proto3" json:"entries,omitempty"`
 	RemovedEntryIds []string `protobuf:"bytes,7,rep,name=removed_entry_ids,json=removedEntryIds,proto3" json:"removed_entry_ids,omitempty"`
 	// Set in the first message of a stream and whenever the bundle changed.
-	Bundle        *TrustBundle           `protobuf:"bytes,8,opt,name=bundle,proto3" json:"bundle,omitempty"`
-	ServerTime    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=server_time,json=serverTime,proto3" json:"server_time,omitempty"`
+	Bundle     *TrustBundle           `protobuf:"bytes,8,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	ServerTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=server_time,json=serverTime,proto3" json:"server_time,omitempty"`
+	// Unset if nothing became of the pods of the agent's node.
+	Pods          *PodChanges `protobuf:"bytes,10,opt,name=pods,proto3" json:"pods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -819,6 +821,143 @@ func (x *SyncResponse) GetServerTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SyncResponse) GetPods() *PodChanges {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+// PodChanges is what became of the pods of the agent's node. Pods are not in the
+// server's store and have no revision: each stream to an agent of a Kubernetes
+// cluster brings all of them once, as soon as the server knows them.
+type PodChanges struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// True: pods, of all messages that belong together, replaces all that the
+	// agent holds. False: it is a delta.
+	Snapshot      bool     `protobuf:"varint,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Pods          []*Pod   `protobuf:"bytes,2,rep,name=pods,proto3" json:"pods,omitempty"`
+	RemovedUids   []string `protobuf:"bytes,3,rep,name=removed_uids,json=removedUids,proto3" json:"removed_uids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodChanges) Reset() {
+	*x = PodChanges{}
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodChanges) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodChanges) ProtoMessage() {}
+
+func (x *PodChanges) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodChanges.ProtoReflect.Descriptor instead.
+func (*PodChanges) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PodChanges) GetSnapshot() bool {
+	if x != nil {
+		return x.Snapshot
+	}
+	return false
+}
+
+func (x *PodChanges) GetPods() []*Pod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *PodChanges) GetRemovedUids() []string {
+	if x != nil {
+		return x.RemovedUids
+	}
+	return nil
+}
+
+// Pod is one in which something may run.
+type Pod struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in the names of its cgroups.
+	Uid string `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// What is true of each process in it.
+	Selectors []*Selector `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// The identity that it has without a registration entry, if any. Its ID is
+	// for SignX509; only processes of this pod may have it.
+	Identity      *Entry `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pod) Reset() {
+	*x = Pod{}
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pod) ProtoMessage() {}
+
+func (x *Pod) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pod.ProtoReflect.Descriptor instead.
+func (*Pod) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Pod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Pod) GetSelectors() []*Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Pod) GetIdentity() *Entry {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
 type Entry struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -837,7 +976,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +988,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[12]
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +1001,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Entry) GetId() string {
@@ -931,7 +1070,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -943,7 +1082,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[13]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -956,7 +1095,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Selector) GetType() string {
@@ -984,7 +1123,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1135,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1148,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1050,7 +1189,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1201,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1214,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Authority) GetId() string {
@@ -1120,7 +1259,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1271,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1284,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignX509Request) GetItems() []*SignX509Request_Item {
@@ -1171,7 +1310,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1322,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1335,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignX509Response) GetResults() []*SignX509Response_Result {
@@ -1214,7 +1353,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1365,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1378,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 type BundleResponse struct {
@@ -1251,7 +1390,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1402,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1415,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *BundleResponse) GetBundle() *TrustBundle {
@@ -1302,7 +1441,7 @@ type AttestRequest_Start struct {
 
 func (x *AttestRequest_Start) Reset() {
 	*x = AttestRequest_Start{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1453,7 @@ func (x *AttestRequest_Start) String() string {
 func (*AttestRequest_Start) ProtoMessage() {}
 
 func (x *AttestRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1503,7 @@ type SyncRequest_Hello struct {
 
 func (x *SyncRequest_Hello) Reset() {
 	*x = SyncRequest_Hello{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1515,7 @@ func (x *SyncRequest_Hello) String() string {
 func (*SyncRequest_Hello) ProtoMessage() {}
 
 func (x *SyncRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1565,7 @@ type SyncRequest_Ack struct {
 
 func (x *SyncRequest_Ack) Reset() {
 	*x = SyncRequest_Ack{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1438,7 +1577,7 @@ func (x *SyncRequest_Ack) String() string {
 func (*SyncRequest_Ack) ProtoMessage() {}
 
 func (x *SyncRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1622,7 @@ type SyncRequest_Report struct {
 
 func (x *SyncRequest_Report) Reset() {
 	*x = SyncRequest_Report{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1634,7 @@ func (x *SyncRequest_Report) String() string {
 func (*SyncRequest_Report) ProtoMessage() {}
 
 func (x *SyncRequest_Report) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1690,7 @@ type SyncRequest_LiveSVIDs struct {
 
 func (x *SyncRequest_LiveSVIDs) Reset() {
 	*x = SyncRequest_LiveSVIDs{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1563,7 +1702,7 @@ func (x *SyncRequest_LiveSVIDs) String() string {
 func (*SyncRequest_LiveSVIDs) ProtoMessage() {}
 
 func (x *SyncRequest_LiveSVIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1610,7 +1749,7 @@ type SignX509Request_Item struct {
 
 func (x *SignX509Request_Item) Reset() {
 	*x = SignX509Request_Item{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1761,7 @@ func (x *SignX509Request_Item) String() string {
 func (*SignX509Request_Item) ProtoMessage() {}
 
 func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1774,7 @@ func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request_Item.ProtoReflect.Descriptor instead.
 func (*SignX509Request_Item) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18, 0}
 }
 
 func (x *SignX509Request_Item) GetEntryId() string {
@@ -1665,7 +1804,7 @@ type SignX509Response_Result struct {
 
 func (x *SignX509Response_Result) Reset() {
 	*x = SignX509Response_Result{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1677,7 +1816,7 @@ func (x *SignX509Response_Result) String() string {
 func (*SignX509Response_Result) ProtoMessage() {}
 
 func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1829,7 @@ func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Result.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Result) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
 }
 
 func (x *SignX509Response_Result) GetOutcome() isSignX509Response_Result_Outcome {
@@ -1744,7 +1883,7 @@ type SignX509Response_Chain struct {
 
 func (x *SignX509Response_Chain) Reset() {
 	*x = SignX509Response_Chain{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1895,7 @@ func (x *SignX509Response_Chain) String() string {
 func (*SignX509Response_Chain) ProtoMessage() {}
 
 func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +1908,7 @@ func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Chain.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Chain) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 1}
 }
 
 func (x *SignX509Response_Chain) GetCertificates() [][]byte {
@@ -1791,7 +1930,7 @@ type SignX509Response_Failure struct {
 
 func (x *SignX509Response_Failure) Reset() {
 	*x = SignX509Response_Failure{}
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1803,7 +1942,7 @@ func (x *SignX509Response_Failure) String() string {
 func (*SignX509Response_Failure) ProtoMessage() {}
 
 func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1816,7 +1955,7 @@ func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Failure.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Failure) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17, 2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 2}
 }
 
 func (x *SignX509Response_Failure) GetCode() int32 {
@@ -1901,7 +2040,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\rR\x05count\x12?\n" +
 	"\rlatest_expiry\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\flatestExpiryB\t\n" +
-	"\amessage\"\xfe\x02\n" +
+	"\amessage\"\xae\x03\n" +
 	"\fSyncResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12=\n" +
@@ -1912,7 +2051,18 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x11removed_entry_ids\x18\a \x03(\tR\x0fremovedEntryIds\x123\n" +
 	"\x06bundle\x18\b \x01(\v2\x1b.assay.agent.v1.TrustBundleR\x06bundle\x12;\n" +
 	"\vserver_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"serverTime\"\xb3\x02\n" +
+	"serverTime\x12.\n" +
+	"\x04pods\x18\n" +
+	" \x01(\v2\x1a.assay.agent.v1.PodChangesR\x04pods\"t\n" +
+	"\n" +
+	"PodChanges\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\bR\bsnapshot\x12'\n" +
+	"\x04pods\x18\x02 \x03(\v2\x13.assay.agent.v1.PodR\x04pods\x12!\n" +
+	"\fremoved_uids\x18\x03 \x03(\tR\vremovedUids\"\x82\x01\n" +
+	"\x03Pod\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x126\n" +
+	"\tselectors\x18\x02 \x03(\v2\x18.assay.agent.v1.SelectorR\tselectors\x121\n" +
+	"\bidentity\x18\x03 \x01(\v2\x15.assay.agent.v1.EntryR\bidentity\"\xb3\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1b\n" +
@@ -1975,7 +2125,7 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_v1_agent_proto_rawDescData
 }
 
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(*AttestRequest)(nil),            // 0: assay.agent.v1.AttestRequest
 	(*AttestResponse)(nil),           // 1: assay.agent.v1.AttestResponse
@@ -1989,68 +2139,74 @@ var file_agent_v1_agent_proto_goTypes = []any{
 	(*RenewResponse)(nil),            // 9: assay.agent.v1.RenewResponse
 	(*SyncRequest)(nil),              // 10: assay.agent.v1.SyncRequest
 	(*SyncResponse)(nil),             // 11: assay.agent.v1.SyncResponse
-	(*Entry)(nil),                    // 12: assay.agent.v1.Entry
-	(*Selector)(nil),                 // 13: assay.agent.v1.Selector
-	(*TrustBundle)(nil),              // 14: assay.agent.v1.TrustBundle
-	(*Authority)(nil),                // 15: assay.agent.v1.Authority
-	(*SignX509Request)(nil),          // 16: assay.agent.v1.SignX509Request
-	(*SignX509Response)(nil),         // 17: assay.agent.v1.SignX509Response
-	(*BundleRequest)(nil),            // 18: assay.agent.v1.BundleRequest
-	(*BundleResponse)(nil),           // 19: assay.agent.v1.BundleResponse
-	(*AttestRequest_Start)(nil),      // 20: assay.agent.v1.AttestRequest.Start
-	(*SyncRequest_Hello)(nil),        // 21: assay.agent.v1.SyncRequest.Hello
-	(*SyncRequest_Ack)(nil),          // 22: assay.agent.v1.SyncRequest.Ack
-	(*SyncRequest_Report)(nil),       // 23: assay.agent.v1.SyncRequest.Report
-	(*SyncRequest_LiveSVIDs)(nil),    // 24: assay.agent.v1.SyncRequest.LiveSVIDs
-	(*SignX509Request_Item)(nil),     // 25: assay.agent.v1.SignX509Request.Item
-	(*SignX509Response_Result)(nil),  // 26: assay.agent.v1.SignX509Response.Result
-	(*SignX509Response_Chain)(nil),   // 27: assay.agent.v1.SignX509Response.Chain
-	(*SignX509Response_Failure)(nil), // 28: assay.agent.v1.SignX509Response.Failure
-	(*timestamppb.Timestamp)(nil),    // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 30: google.protobuf.Duration
+	(*PodChanges)(nil),               // 12: assay.agent.v1.PodChanges
+	(*Pod)(nil),                      // 13: assay.agent.v1.Pod
+	(*Entry)(nil),                    // 14: assay.agent.v1.Entry
+	(*Selector)(nil),                 // 15: assay.agent.v1.Selector
+	(*TrustBundle)(nil),              // 16: assay.agent.v1.TrustBundle
+	(*Authority)(nil),                // 17: assay.agent.v1.Authority
+	(*SignX509Request)(nil),          // 18: assay.agent.v1.SignX509Request
+	(*SignX509Response)(nil),         // 19: assay.agent.v1.SignX509Response
+	(*BundleRequest)(nil),            // 20: assay.agent.v1.BundleRequest
+	(*BundleResponse)(nil),           // 21: assay.agent.v1.BundleResponse
+	(*AttestRequest_Start)(nil),      // 22: assay.agent.v1.AttestRequest.Start
+	(*SyncRequest_Hello)(nil),        // 23: assay.agent.v1.SyncRequest.Hello
+	(*SyncRequest_Ack)(nil),          // 24: assay.agent.v1.SyncRequest.Ack
+	(*SyncRequest_Report)(nil),       // 25: assay.agent.v1.SyncRequest.Report
+	(*SyncRequest_LiveSVIDs)(nil),    // 26: assay.agent.v1.SyncRequest.LiveSVIDs
+	(*SignX509Request_Item)(nil),     // 27: assay.agent.v1.SignX509Request.Item
+	(*SignX509Response_Result)(nil),  // 28: assay.agent.v1.SignX509Response.Result
+	(*SignX509Response_Chain)(nil),   // 29: assay.agent.v1.SignX509Response.Chain
+	(*SignX509Response_Failure)(nil), // 30: assay.agent.v1.SignX509Response.Failure
+	(*timestamppb.Timestamp)(nil),    // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 32: google.protobuf.Duration
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
-	20, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
+	22, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
 	2,  // 1: assay.agent.v1.AttestResponse.identity:type_name -> assay.agent.v1.Identity
-	14, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
+	16, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
 	2,  // 3: assay.agent.v1.RenewResponse.identity:type_name -> assay.agent.v1.Identity
-	21, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
-	22, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
-	23, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
-	29, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
-	12, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
-	14, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	29, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
-	13, // 11: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
-	30, // 12: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
-	29, // 13: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	15, // 14: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
-	25, // 15: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
-	29, // 16: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
-	26, // 17: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
-	14, // 18: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	29, // 19: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
-	24, // 20: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
-	29, // 21: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
-	29, // 22: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
-	29, // 23: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
-	27, // 24: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
-	28, // 25: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
-	0,  // 26: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
-	8,  // 27: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
-	10, // 28: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
-	16, // 29: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
-	18, // 30: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
-	1,  // 31: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
-	9,  // 32: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
-	11, // 33: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
-	17, // 34: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
-	19, // 35: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
-	31, // [31:36] is the sub-list for method output_type
-	26, // [26:31] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	23, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
+	24, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
+	25, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
+	31, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
+	14, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
+	16, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	31, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
+	12, // 11: assay.agent.v1.SyncResponse.pods:type_name -> assay.agent.v1.PodChanges
+	13, // 12: assay.agent.v1.PodChanges.pods:type_name -> assay.agent.v1.Pod
+	15, // 13: assay.agent.v1.Pod.selectors:type_name -> assay.agent.v1.Selector
+	14, // 14: assay.agent.v1.Pod.identity:type_name -> assay.agent.v1.Entry
+	15, // 15: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
+	32, // 16: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
+	31, // 17: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	17, // 18: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
+	27, // 19: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
+	31, // 20: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
+	28, // 21: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
+	16, // 22: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	31, // 23: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
+	26, // 24: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
+	31, // 25: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
+	31, // 26: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
+	31, // 27: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
+	29, // 28: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
+	30, // 29: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
+	0,  // 30: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
+	8,  // 31: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
+	10, // 32: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
+	18, // 33: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
+	20, // 34: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
+	1,  // 35: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
+	9,  // 36: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
+	11, // 37: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
+	19, // 38: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
+	21, // 39: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
+	35, // [35:40] is the sub-list for method output_type
+	30, // [30:35] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
@@ -2071,7 +2227,7 @@ func file_agent_v1_agent_proto_init() {
 		(*SyncRequest_Ack_)(nil),
 		(*SyncRequest_Report_)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
 		(*SignX509Response_Result_Chain)(nil),
 		(*SignX509Response_Result_Failure)(nil),
 	}
@@ -2081,7 +2237,7 @@ func file_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,61 @@
+package attest
+
+import (
+	"context"
+
+	"github.com/seed-caa81108/assay/agent/cgroup"
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
+)
+
+// K8SConfig is the agent's `attestation.k8s` section.
+type K8SConfig struct {
+	// CgroupRoot is the cgroup that holds the kubelet's kubepods, as in
+	// /proc/<pid>/cgroup: "/" unless the kubelet has a --cgroup-root or runs in
+	// a container, as in kind. Default /.
+	CgroupRoot string `yaml:"cgroup_root"`
+}
+
+// WithDefaults returns c with its zero fields filled.
+func (c K8SConfig) WithDefaults() K8SConfig {
+	if c.CgroupRoot == "" {
+		c.CgroupRoot = "/"
+	}
+	return c
+}
+
+// Pods know what is true of the processes of a pod on this node.
+type Pods interface {
+	PodSelectors(ctx context.Context, uid string) (selector.Set, error)
+}
+
+// K8S tells in which pod of Kubernetes a process is. The kernel says which, by
+// the process's cgroup; what that pod is, the server says, by its cluster's API
+// server.
+type K8S struct {
+	root string
+	pods Pods
+}
+
+// NewK8S returns the source of k8s selectors.
+func NewK8S(cfg K8SConfig, pods Pods) (*K8S, error) {
+	if err := cgroup.CheckRoot(cfg.CgroupRoot); err != nil {
+		return nil, fault.Wrap(fault.Precondition, err, "config_invalid", "attestation.k8s.cgroup_root: "+fault.SafeText(err))
+	}
+	return &K8S{root: cfg.CgroupRoot, pods: pods}, nil
+}
+
+// host stands for a process of the node that is in no pod.
+var host = selector.NewSet(selector.Selector{Type: "k8s", Value: "host:true"})
+
+// Selectors implements Source.
+func (k *K8S) Selectors(ctx context.Context, p Process) (selector.Set, error) {
+	owner, err := cgroup.Find(p.Cgroup, k.root)
+	switch {
+	case err != nil:
+		return nil, err
+	case owner == cgroup.Owner{}:
+		return host, nil
+	}
+	return k.pods.PodSelectors(ctx, owner.PodUID)
+}

@@ -1,0 +1,114 @@
+package kube
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
+)
+
+// sink is the part of the index that one watch feeds: client-go's reflector
+// hands over objects, and only what is needed of them is kept.
+type sink[T runtime.Object] struct {
+	set     func(T)
+	drop    func(T)
+	replace func([]T)
+}
+
+func (s sink[T]) Add(o any) error    { s.set(o.(T)); return nil }
+func (s sink[T]) Update(o any) error { s.set(o.(T)); return nil }
+func (s sink[T]) Delete(o any) error { s.drop(o.(T)); return nil }
+func (s sink[T]) Resync() error      { return nil }
+
+func (s sink[T]) Replace(list []any, _ string) error {
+	all := make([]T, len(list))
+	for i, o := range list {
+		all[i] = o.(T)
+	}
+	s.replace(all)
+	return nil
+}
+
+// run keeps the index current until ctx ends.
+func (c *cluster) run(ctx context.Context, log *slog.Logger) {
+	x := c.index
+	nodes := sink[*corev1.Node]{set: x.setNode, drop: func(n *corev1.Node) { x.dropNode(n.Name) }, replace: x.replaceNodes}
+	pods := sink[*corev1.Pod]{set: x.setPod, drop: func(p *corev1.Pod) { x.dropPod(podKey(p)) }, replace: x.replacePods}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		follow(ctx, log, c, watchNodes, "nodes", &corev1.NodeList{}, &corev1.Node{}, nodes)
+	}()
+	follow(ctx, log, c, watchPods, "pods", &corev1.PodList{}, &corev1.Pod{}, pods)
+	<-done
+}
+
+// follow keeps one sink current with all objects of a resource.
+func follow(ctx context.Context, log *slog.Logger, c *cluster, which int, resource string, list, object runtime.Object, into cache.ReflectorStore) {
+	source := &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			out := list.DeepCopyObject()
+			return out, get(c.api.core, resource, o).Do(ctx).Into(out)
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.Watch, o.AllowWatchBookmarks = true, true
+			w, err := get(c.api.core, resource, o).Watch(ctx)
+			if err != nil {
+				return nil, err
+			}
+			c.index.setOpen(which, true)
+			return notice(w, func() { c.index.setOpen(which, false) }), nil
+		},
+	}
+	quiet := logr.Discard()
+	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: (*klog.Logger)(&quiet)})
+	r.RunWithContext(ctx)
+	log.LogAttrs(ctx, slog.LevelDebug, "watch ended", slog.String("cluster", c.name), slog.String("resource", resource))
+}
+
+func get(core rest.Interface, resource string, o metav1.ListOptions) *rest.Request {
+	r := core.Get().Resource(resource).VersionedParams(&o, metav1.ParameterCodec)
+	if o.TimeoutSeconds != nil {
+		r = r.Timeout(time.Duration(*o.TimeoutSeconds) * time.Second)
+	}
+	return r
+}
+
+// noticed is a watch whose end is noticed, whoever ends it.
+type noticed struct {
+	watch.Interface
+	events chan watch.Event
+	stop   context.CancelFunc
+}
+
+func notice(w watch.Interface, ended func()) *noticed {
+	ctx, stop := context.WithCancel(context.Background())
+	n := &noticed{Interface: w, events: make(chan watch.Event), stop: stop}
+	go func() {
+		defer ended()
+		defer close(n.events)
+		for e := range w.ResultChan() {
+			select {
+			case n.events <- e:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return n
+}
+
+func (n *noticed) ResultChan() <-chan watch.Event { return n.events }
+
+func (n *noticed) Stop() {
+	n.Interface.Stop()
+	n.stop()
+}
