@@ -27,6 +27,9 @@ type facts struct {
 	dns       []string
 	created   time.Time
 	committed time.Time // when this version was committed, zero if unknown
+	// ofPods are those of the selectors that only processes of a pod have; empty:
+	// the entry may be for others.
+	ofPods selector.Set
 	// wire is the entry as the server sent it, for comparison and the sealed
 	// file.
 	wire []byte
@@ -92,6 +95,7 @@ func parseEntry(from *agentv1.Entry, committed time.Time, td spiffeid.TrustDomai
 		id: from.GetId(), spiffeID: id, selectors: selector.NewSet(list...), hint: from.GetHint(),
 		ttl: from.GetX509SvidTtl().AsDuration(), dns: from.GetDnsNames(), committed: committed, wire: wire,
 	}
+	f.ofPods = ofPods(f.selectors)
 	if from.GetCreatedAt().IsValid() {
 		f.created = from.GetCreatedAt().AsTime()
 	}
@@ -145,6 +149,7 @@ func (c *Cache) removeEntry(e *entry) {
 		e.in.remove(e)
 	}
 	e.svid = nil
+	delete(c.parked, e)
 	delete(c.entries, e.id)
 }
 

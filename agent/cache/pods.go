@@ -69,7 +69,7 @@ func (c *Cache) parsePod(from *agentv1.Pod) (*pod, *facts, error) {
 			return invalid("a selector that is none of pods")
 		}
 	}
-	own := selector.NewSet(selector.Selector{Type: "k8s", Value: "pod-uid:" + from.GetUid()})
+	own := selector.NewSet(podSelector(from.GetUid()))
 	p := &pod{selectors: selector.NewSet(list...)}
 	if !p.selectors.Contains(own) {
 		return invalid("its selectors are of another pod")
@@ -131,7 +131,15 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 		c.dropPod(from.GetUid())
 		return
 	}
-	c.pods[from.GetUid()] = p
+	if was := c.pods[from.GetUid()]; was == nil || was.selectors.Key() != p.selectors.Key() {
+		c.pods[from.GetUid()] = p
+		c.touchPod(from.GetUid())
+		for e := range c.parked {
+			if p.selectors.Contains(e.ofPods) {
+				c.enqueue(e)
+			}
+		}
+	}
 	if identity != nil {
 		c.upsert(*identity)
 	} else if e := c.entries[podPrefix+from.GetUid()]; e != nil {
@@ -141,10 +149,72 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 
 func (c *Cache) dropPod(uid string) {
 	delete(c.pods, uid)
+	c.touchPod(uid)
 	if e := c.entries[podPrefix+uid]; e != nil {
 		c.removeEntry(e)
 	}
 }
+
+// touchPod has those who are served as processes of a pod looked at again.
+func (c *Cache) touchPod(uid string) {
+	for g := range c.groupsBy[podSelector(uid)] {
+		c.dirty[g] = struct{}{}
+	}
+}
+
+// runs says whether somebody for whom an entry is can be here. The server signs
+// nothing for pods that it does not list.
+func (c *Cache) runs(e *entry) bool {
+	if len(e.ofPods) == 0 || isPod(e.id) {
+		return true
+	}
+	for _, p := range c.pods {
+		if p.selectors.Contains(e.ofPods) {
+			return true
+		}
+	}
+	return false
+}
+
+// park leaves an entry unsigned until its pod comes. What it has is served to
+// its end; nobody waits for more.
+func (c *Cache) park(e *entry) {
+	c.parked[e] = struct{}{}
+	if !e.attempted {
+		e.attempted = true
+		c.touch(e)
+	}
+}
+
+const podUID = "pod-uid:"
+
+func podSelector(uid string) selector.Selector {
+	return selector.Selector{Type: "k8s", Value: podUID + uid}
+}
+
+// podOf is the pod whose processes have these selectors.
+func podOf(set selector.Set) string {
+	for _, s := range set {
+		if uid, ok := strings.CutPrefix(s.Value, podUID); ok && s.Type == "k8s" {
+			return uid
+		}
+	}
+	return ""
+}
+
+// ofPods are the selectors of pods among all.
+func ofPods(all selector.Set) selector.Set {
+	var list []selector.Selector
+	for _, s := range all {
+		if s.Type == "k8s" && s.Value != hostValue {
+			list = append(list, s)
+		}
+	}
+	return selector.NewSet(list...)
+}
+
+// hostValue is the selector of processes that are in no pod.
+const hostValue = "host:true"
 
 // isPod says whether an entry is the identity of a pod.
 func isPod(entryID string) bool { return strings.HasPrefix(entryID, podPrefix) }

@@ -77,6 +77,11 @@ func (c *Cache) enqueue(e *entry) {
 	if e.in != nil {
 		e.in.remove(e)
 	}
+	if !c.runs(e) {
+		c.park(e)
+		return
+	}
+	delete(c.parked, e)
 	e.class = prefetch
 	switch {
 	case e.svid != nil && e.servable(c.now()):

@@ -49,6 +49,7 @@ type Subscription struct {
 type group struct {
 	set selector.Set
 	key string
+	pod string // UID of the pod whose processes these are; empty: of none
 	// view is what Snapshot answers, nil when it has to be computed.
 	view atomic.Pointer[view]
 	// Guarded by Cache.mu.
@@ -134,7 +135,7 @@ func (c *Cache) reawaken(g *group) {
 // newGroup makes a group and finds its entries: each is indexed under one of
 // its selectors, so one that matches is found under one of the group's.
 func (c *Cache) newGroup(set selector.Set, key string) *group {
-	g := &group{set: set, key: key, subs: map[*Subscription]struct{}{}}
+	g := &group{set: set, key: key, pod: podOf(set), subs: map[*Subscription]struct{}{}}
 	c.groups[key] = g
 	for _, sel := range set {
 		addTo(c.groupsBy, sel, g)
@@ -293,7 +294,7 @@ func (c *Cache) build(g *group, at time.Time) *view {
 	switch {
 	case !c.synced || c.bundle == nil:
 		return &view{err: errNotSynced}
-	case len(g.entries) == 0:
+	case len(g.entries) == 0, g.pod != "" && c.pods[g.pod] == nil:
 		return &view{err: errNoIdentity}
 	}
 	if !g.sorted {

@@ -20,6 +20,8 @@ type Agent struct {
 	// CertificateFile and KeyFile, if set, are how it proves the node, and then
 	// it needs no token.
 	CertificateFile, KeyFile string
+	// Cluster and TokenFile, if set, are how the pod of an agent proves its node.
+	Cluster, TokenFile string
 
 	site *Site
 	name string
@@ -84,12 +86,11 @@ metrics:
 // evidence is how the agent knows its server and proves itself to it.
 func (a *Agent) evidence(token Token) string {
 	a.site.tb.Helper()
-	if a.CertificateFile != "" {
-		bundle := a.site.File(a.name + ".bundle")
-		if _, err := os.Stat(bundle); err != nil { // the server may be away later
-			a.site.Write(a.name+".bundle", a.site.CLI("bundle", "show"))
-		}
-		return fmt.Sprintf("trust_bundle: %s\nx509pop:\n  certificate_file: %s\n  private_key_file: %s\n", bundle, a.CertificateFile, a.KeyFile)
+	switch {
+	case a.CertificateFile != "":
+		return fmt.Sprintf("trust_bundle: %s\nx509pop:\n  certificate_file: %s\n  private_key_file: %s\n", a.bundle(), a.CertificateFile, a.KeyFile)
+	case a.Cluster != "":
+		return fmt.Sprintf("trust_bundle: %s\nk8s_psat:\n  cluster: %s\n  token_file: %s\n", a.bundle(), a.Cluster, a.TokenFile)
 	}
 	if token.Token != "" {
 		a.site.Write(a.name+".token", token.Token)
@@ -100,6 +101,17 @@ func (a *Agent) evidence(token Token) string {
 		a.site.tb.Fatalf("an agent needs a token or a certificate first: %v", err)
 	}
 	return fmt.Sprintf("pin: %s\njoin_token_file: %s\n", pin, a.site.File(a.name+".token"))
+}
+
+// bundle is a file with the server's bundle as it was at first: the server may be
+// away later.
+func (a *Agent) bundle() string {
+	a.site.tb.Helper()
+	path := a.site.File(a.name + ".bundle")
+	if _, err := os.Stat(path); err != nil {
+		a.site.Write(a.name+".bundle", a.site.CLI("bundle", "show"))
+	}
+	return path
 }
 
 // DataDir is what has to survive a reboot.

@@ -5,6 +5,7 @@ package kube
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"testing"
 
 	"github.com/seed-caa81108/assay/test/harness"
@@ -14,11 +15,24 @@ import (
 // start. A test that stops its API server must not be parallel.
 var cluster *Cluster
 
+// bins has the programs of this project.
+var bins string
+
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == workloadArg {
+		os.Exit(playWorkload(os.Args[2]))
+	}
 	var program harness.Program
 	code := 1
 	if err := program.Run(func() {
 		cluster = Start(&program, "../../out/kube")
+		dir, err := os.MkdirTemp("", "assay-bin-")
+		program.Must(err)
+		program.Cleanup(func() { _ = os.RemoveAll(dir) })
+		build := exec.Command("go", "build", "-trimpath", "-o", dir+"/", "./cmd/...")
+		build.Dir, build.Env, build.Stderr = "../..", append(os.Environ(), "CGO_ENABLED=0"), os.Stderr
+		program.Must(build.Run())
+		bins = dir
 		code = m.Run()
 	}); err != nil {
 		fmt.Fprintln(os.Stderr, err)
