@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -105,7 +106,8 @@ type fake struct {
 	sequence uint64
 	bundled  []*authority
 	streams  map[*fakeStream]struct{}
-	verdict  error // ends and refuses streams
+	pods     map[string]*agentv1.Pod // nil: the node is none of Kubernetes
+	verdict  error                   // ends and refuses streams
 	ttl      time.Duration
 
 	hellos  []*agentv1.SyncRequest_Hello
@@ -286,6 +288,27 @@ func (f *fake) first(h *agentv1.SyncRequest_Hello) []*agentv1.SyncResponse {
 	return msgs
 }
 
+func (f *fake) podsMessage(snapshot bool, pods []*agentv1.Pod, removed ...string) *agentv1.SyncResponse {
+	return &agentv1.SyncResponse{Epoch: f.epoch, Revision: f.revision, Pods: &agentv1.PodChanges{Snapshot: snapshot, Pods: pods, RemovedUids: removed}}
+}
+
+// run says that pods run on the node from now on, end that one does not.
+func (f *fake) run(pods ...*agentv1.Pod) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, p := range pods {
+		f.pods[p.GetUid()] = p
+	}
+	f.push(f.podsMessage(false, pods))
+}
+
+func (f *fake) end(uid string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.pods, uid)
+	f.push(f.podsMessage(false, nil, uid))
+}
+
 func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1.SyncResponse]) error {
 	req, err := stream.Recv()
 	if err != nil {
@@ -299,6 +322,9 @@ func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1
 	}
 	f.hellos = append(f.hellos, req.GetHello())
 	s.out <- f.first(req.GetHello())
+	if f.pods != nil {
+		s.out <- []*agentv1.SyncResponse{f.podsMessage(true, slices.Collect(maps.Values(f.pods)))}
+	}
 	f.streams[s] = struct{}{}
 	f.mu.Unlock()
 	defer f.with(func() { delete(f.streams, s) })
@@ -384,6 +410,9 @@ func (f *fake) sign(item *agentv1.SignX509Request_Item) *agentv1.SignX509Respons
 		return failure(fault.Code(fault.KindOf(err)), fault.ReasonOf(err))
 	}
 	e := f.entries[item.GetEntryId()]
+	if uid, ok := strings.CutPrefix(item.GetEntryId(), "pod/"); ok {
+		e = f.pods[uid].GetIdentity()
+	}
 	if e == nil {
 		return failure(codes.NotFound, "entry_not_authorized")
 	}

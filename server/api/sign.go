@@ -30,9 +30,9 @@ type signing struct {
 	entry   registry.Entry
 	rule    string
 	cluster string // of the agent's node; empty: it is in none
-	key   crypto.PublicKey
-	err   error
-	chain [][]byte
+	key     crypto.PublicKey
+	err     error
+	chain   [][]byte
 }
 
 // SignX509 implements agentv1.AgentServer. Which entry an agent may ask for is

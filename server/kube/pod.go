@@ -54,8 +54,12 @@ func (p *Pod) lives(now time.Time) bool {
 func (p *Pod) Selectors(cluster string) selector.Set {
 	var list []selector.Selector
 	for _, fact := range [][2]string{
-		{"cluster", cluster}, {"ns", p.Namespace}, {"sa", p.ServiceAccount},
-		{"pod-name", p.Name}, {"pod-uid", p.UID}, {"node-name", p.Node},
+		{"cluster", cluster},
+		{"ns", p.Namespace},
+		{"sa", p.ServiceAccount},
+		{"pod-name", p.Name},
+		{"pod-uid", p.UID},
+		{"node-name", p.Node},
 	} {
 		list = append(list, selector.Selector{Type: "k8s", Value: fact[0] + ":" + fact[1]})
 	}

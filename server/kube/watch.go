@@ -12,7 +12,6 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/klog/v2"
 )
 
 // sink is the part of the index that one watch feeds: client-go's reflector
@@ -69,7 +68,7 @@ func follow(ctx context.Context, log *slog.Logger, c *cluster, which int, resour
 		},
 	}
 	quiet := logr.Discard()
-	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: (*klog.Logger)(&quiet)})
+	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: &quiet})
 	r.RunWithContext(ctx)
 	log.LogAttrs(ctx, slog.LevelDebug, "watch ended", slog.String("cluster", c.name), slog.String("resource", resource))
 }

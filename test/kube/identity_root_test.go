@@ -9,32 +9,9 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 
 	"github.com/seed-caa81108/assay/test/harness"
 )
-
-// serverRules are the rights that the documentation tells the server to have,
-// and no more.
-var serverRules = []rbacv1.PolicyRule{
-	{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}},
-	{APIGroups: []string{""}, Resources: []string{"pods", "nodes"}, Verbs: []string{"get", "list", "watch"}},
-}
-
-// site is a server that knows the cluster, with exactly serverRules.
-func (s *Space) site(t testing.TB, more string) *harness.Site {
-	t.Helper()
-	s.Account("assay-server", serverRules...)
-	s.Account("assay-agent")
-	site := harness.NewSite(t, bins, fmt.Sprintf(`kubernetes:
-  clusters:
-    test:
-      kubeconfig: %s
-      agent_service_accounts: [%s/assay-agent]
-%s`, s.Kubeconfig(s.Token("assay-server", "", nil)), s.Namespace, more))
-	site.StartServer()
-	return site
-}
 
 // agent starts the agent of a node, with the token of its pod there.
 func (s *Space) agent(t testing.TB, site *harness.Site, node *corev1.Node, cgroupRoot string) *harness.Agent {

@@ -1,0 +1,187 @@
+package cache_test
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/selector"
+	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+)
+
+// pod makes a pod with the identity that the template gives it.
+func pod(uid, ns, sa string) *agentv1.Pod {
+	p := &agentv1.Pod{Uid: uid, Identity: &agentv1.Entry{
+		Id: "pod/" + uid, SpiffeId: "spiffe://example.org/ns/" + ns + "/sa/" + sa,
+		Selectors: []*agentv1.Selector{{Type: "k8s", Value: "pod-uid:" + uid}},
+	}}
+	for _, value := range []string{"ns:" + ns, "sa:" + sa, "pod-uid:" + uid} {
+		p.Selectors = append(p.Selectors, &agentv1.Selector{Type: "k8s", Value: value})
+	}
+	return p
+}
+
+func podSet(uid, ns, sa string) selector.Set {
+	return sel("unix:uid:1", "k8s:ns:"+ns, "k8s:sa:"+sa, "k8s:pod-uid:"+uid)
+}
+
+// inCluster is inBubble on a node of Kubernetes.
+func inCluster(t *testing.T, do func(t *testing.T, f *fake, a *agent)) {
+	t.Helper()
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.pods = map[string]*agentv1.Pod{}
+		do(t, f, a)
+	})
+}
+
+// A pod's SVID is there before its process asks, comes before those of entries,
+// and ends with the pod, for all that is served to its processes.
+func TestAPodIsServedForAsLongAsItIsThere(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "extra", "k8s:ns:shop"), entry("other", "other", "k8s:ns:bank"), entry("tool", "tool", "k8s:host:true"))
+		a.start()
+		f.run(pod("1", "shop", "web"), pod("2", "shop", "web"))
+		synctest.Wait()
+		if got := f.seen().signed; len(got) != 4 || slices.Contains(got, "other") {
+			t.Errorf("signed %v", got) // one for each pod, none for a namespace that is not here
+		}
+		set := must(a.cache.PodSelectors(t.Context(), "1"))
+		if !set.Contains(sel("k8s:ns:shop", "k8s:sa:web", "k8s:pod-uid:1")) {
+			t.Errorf("selectors %v", set)
+		}
+		one, two := a.cache.Subscribe(podSet("1", "shop", "web")), a.cache.Subscribe(podSet("2", "shop", "web"))
+		defer one.Close()
+		defer two.Close()
+		wantPaths(t, one, "ns/shop/sa/web", "extra")
+		wantPaths(t, two, "ns/shop/sa/web", "extra")
+		first, second := must(one.Snapshot()), must(two.Snapshot())
+		if first.SVIDs[0] == second.SVIDs[0] {
+			t.Error("two pods share a key")
+		}
+		f.end("1")
+		synctest.Wait()
+		wantPaths(t, one, "!no_identity")
+		wantPaths(t, two, "ns/shop/sa/web", "extra")
+
+		// An entry whose pod comes later is signed then.
+		f.run(pod("3", "bank", "db"))
+		synctest.Wait()
+		three := a.cache.Subscribe(podSet("3", "bank", "db"))
+		defer three.Close()
+		wantPaths(t, three, "ns/bank/sa/db", "other")
+		// Snapshots of entries leave pods alone, and the other way round.
+		f.judge(fault.New(fault.NotReady, "x", "x"))
+		f.judge(nil)
+		f.with(func() { f.epoch = "epoch-2"; delete(f.pods, "2") })
+		<-time.After(time.Minute)
+		wantPaths(t, three, "ns/bank/sa/db", "other")
+		wantPaths(t, two, "!no_identity")
+	})
+}
+
+// A caller whose pod is not known yet waits a moment for it.
+func TestACallerWaitsForItsPod(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		a.start()
+		synctest.Wait()
+		type answer struct {
+			set selector.Set
+			err error
+		}
+		got := make(chan answer, 1)
+		ask := func(ctx context.Context) {
+			go func() {
+				set, err := a.cache.PodSelectors(ctx, "1")
+				got <- answer{set, err}
+			}()
+			synctest.Wait()
+		}
+		ask(t.Context())
+		began := time.Now()
+		if answer := <-got; fault.ReasonOf(answer.err) != "pod_unknown" || time.Since(began) != 5*time.Second {
+			t.Errorf("%v after %v", answer.err, time.Since(began))
+		}
+		ask(t.Context())
+		f.run(pod("0", "shop", "web")) // another one
+		synctest.Wait()
+		f.run(pod("1", "shop", "web"))
+		if answer := <-got; answer.err != nil || len(answer.set) != 3 {
+			t.Errorf("%v, %v", answer.set, answer.err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		f.end("1")
+		synctest.Wait()
+		ask(ctx)
+		cancel()
+		if answer := <-got; fault.ReasonOf(answer.err) != "pod_unknown" {
+			t.Error(answer.err)
+		}
+	})
+}
+
+// A server that lies about a pod gives nobody the identity of another.
+func TestPodsThatCannotBeServedAreLeftOut(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		bad := map[string]func(*agentv1.Pod){
+			"no-uid":         func(p *agentv1.Pod) { p.Uid = "" },
+			"no-selectors":   func(p *agentv1.Pod) { p.Selectors = nil },
+			"anothers":       func(p *agentv1.Pod) { p.Selectors[2].Value = "pod-uid:good" },
+			"unix":           func(p *agentv1.Pod) { p.Selectors[0].Type = "unix" },
+			"id-of-another":  func(p *agentv1.Pod) { p.Identity.Id = "pod/good" },
+			"id-of-an-entry": func(p *agentv1.Pod) { p.Identity.Id = "e" },
+			"for-a-whole-ns": func(p *agentv1.Pod) { p.Identity.Selectors[0].Value = "ns:shop" },
+			"an-agent":       func(p *agentv1.Pod) { p.Identity.SpiffeId = "spiffe://example.org/assay/agent/x" },
+		}
+		f.set(entry("e", "e", "unix:uid:1"))
+		a.start()
+		f.run(pod("good", "shop", "web"))
+		for uid, spoil := range bad {
+			p := pod(uid, "shop", "web")
+			spoil(p)
+			f.mu.Lock()
+			f.push(f.podsMessage(false, []*agentv1.Pod{p}))
+			f.mu.Unlock()
+		}
+		synctest.Wait()
+		good := a.cache.Subscribe(podSet("good", "shop", "web"))
+		defer good.Close()
+		wantPaths(t, good, "ns/shop/sa/web", "e")
+		if st := a.cache.Status(); st.Entries != 2 {
+			t.Errorf("%d entries", st.Entries)
+		}
+		// One that was good and is not any more goes.
+		p := pod("good", "shop", "web")
+		p.Selectors = nil
+		f.run(p)
+		synctest.Wait()
+		wantPaths(t, good, "!no_identity")
+	})
+}
+
+// Pods outlast a restart of the agent while the server is away.
+func TestPodsAreKeptOverARestart(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		a.start()
+		f.run(pod("1", "shop", "web"))
+		<-time.After(10 * time.Second)
+		f.judge(fault.New(fault.NotReady, "x", "x"))
+		a.restart()
+		synctest.Wait()
+		set := must(a.cache.PodSelectors(t.Context(), "1"))
+		s := a.cache.Subscribe(set)
+		defer s.Close()
+		wantPaths(t, s, "ns/shop/sa/web")
+		// What ended meanwhile is gone with the first word of the server.
+		f.with(func() { clear(f.pods) })
+		f.judge(nil)
+		<-time.After(time.Minute)
+		wantPaths(t, s, "!no_identity")
+		if data := f.seen().signed; strings.Join(data, " ") != "pod/1" {
+			t.Errorf("signed %v", data)
+		}
+	})
+}
