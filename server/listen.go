@@ -181,7 +181,7 @@ func (s *Server) registerOperators(srv *grpc.Server, r *rooms, guards ...registr
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), Version: s.deps.Version, StartedAt: r.startedAt, Authority: r.authority, Registry: r.registry, Warnings: r.warnings,
 		Spool: s.spool(r), Audit: r.audit, Stopping: s.stopping,
 	}))
-	adminv1.RegisterRotationServer(srv, api.NewRotationService(r.authority, r.rotator))
+	adminv1.RegisterRotationServer(srv, api.NewRotationService(r.authority, r.rotator, r.registry.Fleet))
 	localauthorityv1.RegisterLocalAuthorityServer(srv, api.NewLocalAuthorityService(r.authority, r.rotator))
 	reflection.Register(srv)
 }

@@ -61,15 +61,15 @@ func populated(p *pki) *fakeServer {
 			Authorities: []*adminv1.Authority{
 				{
 					Id: "0f1e2d3c", Use: "x509", State: "active", NotAfter: at("2027-11-20T00:00:00Z"),
-					CreatedAt: at("2026-11-20T00:00:00Z"), Pin: "5a5a",
+					CreatedAt: at("2026-11-20T00:00:00Z"), Pin: "5a5a", LiveSvids: 1204,
 				},
 				{Id: "a0b1c2d3", Use: "x509", State: "retired", NotAfter: at("2026-11-24T12:30:00Z"), CreatedAt: at("2025-11-24T12:30:00Z"), Pin: "6b6b"},
 			},
 			Issuer:  &adminv1.Issuer{Id: "77aa", AuthorityId: "0f1e2d3c", NotAfter: at("2026-11-24T09:00:00Z")},
 			Entries: 12,
 			Agents: []*adminv1.AgentStatus{
-				{Id: "spiffe://example.org/assay/agent/join_token/01", Connected: true, AcknowledgedSequence: 5, LastSeen: at("2026-11-23T10:29:59Z"), Version: "v0.1.0"},
-				{Id: "spiffe://example.org/assay/agent/join_token/02", Connected: true, AcknowledgedSequence: 4, LastSeen: at("2026-11-23T10:29:58Z")},
+				{Id: "spiffe://example.org/assay/agent/join_token/01", Connected: true, AcknowledgedSequence: 5, LastSeen: at("2026-11-23T10:29:59Z"), Version: "v0.1.0", ClockOffsetMs: 4000},
+				{Id: "spiffe://example.org/assay/agent/join_token/02", Connected: true, AcknowledgedSequence: 4, LastSeen: at("2026-11-23T10:29:58Z"), ClockOffsetMs: -95000},
 				{Id: "spiffe://example.org/assay/agent/join_token/03", AcknowledgedSequence: 5, WaitsUntil: at("2026-11-23T11:00:00Z"), LastSeen: at("2026-11-23T09:00:00Z"), EarliestExpiry: at("2026-11-23T11:01:00Z")},
 				{Id: "spiffe://example.org/assay/agent/join_token/04", Banned: true},
 			},

@@ -88,13 +88,13 @@ or was the last one, with what it waits for.
 }
 
 func (s rootStatusShape) write(w io.Writer) error {
-	roots := table{header: []string{"ROOT", "STATE", "ENDS", "SINCE", "BY", "REASON"}}
+	roots := table{header: []string{"ROOT", "STATE", "LIVE SVIDS", "ENDS", "SINCE", "BY", "REASON"}}
 	for _, r := range s.Roots {
 		last := rootMoveShape{At: r.CreatedAt}
 		if n := len(r.Moves); n > 0 {
 			last = r.Moves[n-1]
 		}
-		roots.add(r.ID, r.State, stampOf(r.NotAfter), stampOf(last.At), last.Who, last.Reason)
+		roots.add(r.ID, r.State, strconv.FormatUint(r.LiveSVIDs, 10), stampOf(r.NotAfter), stampOf(last.At), last.Who, last.Reason)
 	}
 	if err := roots.write(w); err != nil || s.Rotation == nil {
 		return err

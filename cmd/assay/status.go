@@ -46,6 +46,8 @@ type authorityShape struct {
 	CreatedAt *time.Time `json:"created_at"`
 	NotAfter  *time.Time `json:"not_after"`
 	Pin       string     `json:"pin"`
+	// LiveSVIDs under it have not ended, by what agents said last.
+	LiveSVIDs uint64 `json:"live_svids"`
 }
 
 // issuerShape is the intermediate that the server signs with.
@@ -83,7 +85,7 @@ type agentState struct {
 func authorityFromProto(a *adminv1.Authority) authorityShape {
 	return authorityShape{
 		ID: a.GetId(), Use: a.GetUse(), State: a.GetState(),
-		CreatedAt: momentOf(a.GetCreatedAt()), NotAfter: momentOf(a.GetNotAfter()), Pin: a.GetPin(),
+		CreatedAt: momentOf(a.GetCreatedAt()), NotAfter: momentOf(a.GetNotAfter()), Pin: a.GetPin(), LiveSVIDs: a.GetLiveSvids(),
 	}
 }
 
@@ -185,15 +187,18 @@ func (s statusShape) write(w io.Writer) error {
 		agents += fmt.Sprintf(", %d banned", c.Banned)
 	}
 	head.add("agents", agents)
+	if a := s.offset(); a != nil {
+		head.add("clocks", fmt.Sprintf("%s is off by %s", a.ID, span(time.Duration(abs(a.ClockOffsetMillis))*time.Millisecond)))
+	}
 	if s.Outage != nil {
 		head.add("outage budget", fmt.Sprintf("without a server the first workload breaks in %s, at %s", s.left(s.Outage.FirstExpiry), s.Outage.AgentID))
 	}
 	if err := head.write(w); err != nil {
 		return err
 	}
-	authorities := table{header: []string{"AUTHORITY", "USE", "STATE", "ENDS", "LEFT"}}
+	authorities := table{header: []string{"AUTHORITY", "USE", "STATE", "LIVE SVIDS", "ENDS", "LEFT"}}
 	for _, a := range s.Authorities {
-		authorities.add(a.ID, a.Use, a.State, stampOf(a.NotAfter), s.left(a.NotAfter))
+		authorities.add(a.ID, a.Use, a.State, strconv.FormatUint(a.LiveSVIDs, 10), stampOf(a.NotAfter), s.left(a.NotAfter))
 	}
 	if err := section(w, authorities); err != nil {
 		return err
@@ -207,6 +212,24 @@ func (s statusShape) write(w io.Writer) error {
 	}
 	return section(w, warnings)
 }
+
+// tellOffset is from when on a difference of clocks is shown, in milliseconds:
+// reports take a moment to arrive.
+const tellOffset = 3000
+
+// offset is the agent whose clock differs most from the server's, nil if none
+// does by much.
+func (s statusShape) offset() (most *agentState) {
+	for i := range s.Agents {
+		a := &s.Agents[i]
+		if off := abs(a.ClockOffsetMillis); a.Connected && off >= tellOffset && (most == nil || off > abs(most.ClockOffsetMillis)) {
+			most = a
+		}
+	}
+	return most
+}
+
+func abs(n int64) int64 { return max(n, -n) }
 
 // section writes a table with rows under an empty line.
 func section(w io.Writer, t table) error {

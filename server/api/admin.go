@@ -63,8 +63,11 @@ func (s *AdminService) Status(context.Context, *adminv1.StatusRequest) (*adminv1
 		Entries: uint32(s.cfg.Registry.CountEntries(registry.EntryFilter{})),
 	}
 	roots := s.cfg.Authority.Authorities()
+	live := registry.LiveUnder(fleet, now)
 	for _, root := range roots {
-		resp.Authorities = append(resp.Authorities, authorityToProto(root))
+		shown := authorityToProto(root)
+		shown.LiveSvids = live[root.ID]
+		resp.Authorities = append(resp.Authorities, shown)
 	}
 	for i := range fleet {
 		resp.Agents = append(resp.Agents, agentStatus(&fleet[i]))

@@ -11,6 +11,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	adminv1 "github.com/seed-caa81108/assay/proto/admin/v1"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/registry"
 	"github.com/seed-caa81108/assay/server/rotation"
 )
 
@@ -26,11 +27,12 @@ type RotationService struct {
 	adminv1.UnimplementedRotationServer
 	authority *ca.Authority
 	rotator   *rotation.Rotator
+	fleet     func() []registry.AgentStatus
 }
 
 // NewRotationService returns the service.
-func NewRotationService(authority *ca.Authority, rotator *rotation.Rotator) *RotationService {
-	return &RotationService{authority: authority, rotator: rotator}
+func NewRotationService(authority *ca.Authority, rotator *rotation.Rotator, fleet func() []registry.AgentStatus) *RotationService {
+	return &RotationService{authority: authority, rotator: rotator, fleet: fleet}
 }
 
 // StartRotation implements adminv1.RotationServer.
@@ -116,8 +118,11 @@ func (s *RotationService) ListRoots(ctx context.Context, _ *adminv1.ListRootsReq
 		return nil, err
 	}
 	resp := &adminv1.ListRootsResponse{}
+	live := registry.LiveUnder(s.fleet(), time.Now())
 	for _, root := range s.authority.Authorities() {
-		resp.Roots = append(resp.Roots, rootToProto(root))
+		shown := rootToProto(root)
+		shown.Authority.LiveSvids = live[root.ID]
+		resp.Roots = append(resp.Roots, shown)
 	}
 	if st.Operation != nil {
 		resp.Rotation = rotationToProto(st)

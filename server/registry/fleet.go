@@ -56,6 +56,21 @@ func (s *AgentStatus) LiveCount() uint32 {
 	return total
 }
 
+// LiveUnder is how many SVIDs under each root the agents hold, by what those
+// that are not banned said last, connected or not, and as far as the last of
+// them has not ended.
+func LiveUnder(fleet []AgentStatus, now time.Time) map[string]uint64 {
+	under := map[string]uint64{}
+	for i := range fleet {
+		for _, live := range fleet[i].Live {
+			if !fleet[i].Banned && live.LatestExpiry.After(now) {
+				under[live.AuthorityID] += uint64(live.Count)
+			}
+		}
+	}
+	return under
+}
+
 // fleet is the claims of all agents.
 type fleet struct {
 	mu       sync.Mutex

@@ -89,6 +89,7 @@ type rootStatus struct {
 	Roots []struct {
 		ID    string `json:"id"`
 		State string `json:"state"`
+		Live  int    `json:"live_svids"`
 	} `json:"roots"`
 	Rotation struct {
 		OperationID string `json:"operation_id"`
@@ -111,6 +112,16 @@ func (r rootStatus) state(id string) string {
 		}
 	}
 	return ""
+}
+
+// live is how many SVIDs agents hold under a root.
+func (r rootStatus) live(id string) int {
+	for _, root := range r.Roots {
+		if root.ID == id {
+			return root.Live
+		}
+	}
+	return -1
 }
 
 func (f *fleet) status() rootStatus {
@@ -142,10 +153,14 @@ func ended(phase string) func(rootStatus) bool {
 // is waited for and named. // BUN-23, CLIENT-15
 func TestARootIsReplacedUnderAFleet(t *testing.T) {
 	f := newFleet(t, 3)
+	f.until("all SVIDs to be told under the one root", func(st rootStatus) bool { return st.Roots[0].Live >= 3 })
 	f.site.CLI("root", "rotate", "--yes", "--detach", "--reason", "friday")
 	st := f.until("the end of the rotation", ended("done"))
 	if st.state(st.Rotation.From) != "revoked" || st.state(st.Rotation.To) != "active" || len(st.Rotation.Missed) != 0 {
 		t.Errorf("after it: %+v", st)
+	}
+	if st.live(st.Rotation.From) != 0 || st.live(st.Rotation.To) < 3 {
+		t.Errorf("SVIDs after it: %+v", st.Roots)
 	}
 	if out := f.site.CLI("root", "rotate", "--watch"); !strings.Contains(out, "done") {
 		t.Errorf("--watch of an ended rotation: %s", out)

@@ -269,7 +269,10 @@ type Authority struct {
 	NotAfter  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	// SHA-256 of the SubjectPublicKeyInfo in hex: what an agent's pin takes.
-	Pin           string `protobuf:"bytes,6,opt,name=pin,proto3" json:"pin,omitempty"`
+	Pin string `protobuf:"bytes,6,opt,name=pin,proto3" json:"pin,omitempty"`
+	// X.509-SVIDs under it that have not ended, by what agents last said that they
+	// hold, connected or not. Banned ones don't count.
+	LiveSvids     uint64 `protobuf:"varint,7,opt,name=live_svids,json=liveSvids,proto3" json:"live_svids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -344,6 +347,13 @@ func (x *Authority) GetPin() string {
 		return x.Pin
 	}
 	return ""
+}
+
+func (x *Authority) GetLiveSvids() uint64 {
+	if x != nil {
+		return x.LiveSvids
+	}
+	return 0
 }
 
 type Issuer struct {
@@ -985,7 +995,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\routage_budget\x18\r \x01(\v2\x1c.assay.admin.v1.OutageBudgetR\foutageBudget\"h\n" +
 	"\fOutageBudget\x12=\n" +
 	"\ffirst_expiry\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\vfirstExpiry\x12\x19\n" +
-	"\bagent_id\x18\x02 \x01(\tR\aagentId\"\xc9\x01\n" +
+	"\bagent_id\x18\x02 \x01(\tR\aagentId\"\xe8\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03use\x18\x02 \x01(\tR\x03use\x12\x14\n" +
@@ -993,7 +1003,9 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x129\n" +
 	"\n" +
 	"created_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x10\n" +
-	"\x03pin\x18\x06 \x01(\tR\x03pin\"t\n" +
+	"\x03pin\x18\x06 \x01(\tR\x03pin\x12\x1d\n" +
+	"\n" +
+	"live_svids\x18\a \x01(\x04R\tliveSvids\"t\n" +
 	"\x06Issuer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x127\n" +
