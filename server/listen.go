@@ -55,7 +55,7 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	}
 	r.rotator = rotation.New(rotation.Options{
 		Authority: r.authority, Fleet: r.registry.Fleet, MaxTTL: s.cfg.CA.MaxX509SVIDTTL, OwnAuthority: own.authorityID,
-		Automatic: *s.cfg.CA.AutoRotate, Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
+		Automatic: *s.cfg.CA.AutoRotate, Clock: r.clock, Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
 	})
 	agentService := s.agentService(r)
 	door := newHandover(r.port.Addr())

@@ -37,6 +37,7 @@ type rooms struct {
 	refusals  *api.Refusals
 	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
 	clusters  *kube.Clusters
+	clock     *schedule.Clock // notices when the wall clock is set
 	warnings  []string
 	startedAt time.Time
 
@@ -54,7 +55,7 @@ func (r *rooms) close() error {
 
 // open opens the rooms in the order in which they need each other.
 func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
-	r := &rooms{startedAt: time.Now()}
+	r := &rooms{startedAt: time.Now(), clock: schedule.SystemClock()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.close())
@@ -97,7 +98,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if r.authority, err = ca.Open(ctx, ca.Options{
 		TrustDomain: td, Config: s.cfg.CA, AgentSVIDTTL: s.cfg.Attestation.AgentSVIDTTL, Bootstrap: s.cfg.Bootstrap,
 		ReservedPrefix: s.cfg.prefix(), Store: r.store, Keys: keys.NewSealed(r.seal, td), MAC: r.seal.MAC,
-		Audit: r.audit, Clock: schedule.SystemClock(), Log: s.deps.Log, Registerer: s.deps.Registerer,
+		Audit: r.audit, Clock: r.clock, Log: s.deps.Log, Registerer: s.deps.Registerer,
 	}); err != nil {
 		return nil, fmt.Errorf("open authority: %w", err)
 	}

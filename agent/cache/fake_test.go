@@ -125,6 +125,7 @@ type fake struct {
 	limit  func(items int) error // may refuse a batch
 	until  []time.Time           // of each batch: the end of what it replaces
 	hold   chan struct{}
+	slow   time.Duration // of each batch
 	bad    func(id spiffeid.ID, chain [][]byte) [][]byte
 	chunk  int
 
@@ -371,12 +372,15 @@ func (f *fake) SignX509(ctx context.Context, req *agentv1.SignX509Request) (*age
 	}
 	f.signed = append(f.signed, batch...)
 	f.batches = append(f.batches, batch)
-	hold, broken := f.hold, f.broken
+	hold, broken, slow := f.hold, f.broken, f.slow
 	f.until = append(f.until, req.GetReplacesUntil().AsTime())
 	if broken == nil && f.limit != nil {
 		broken = f.limit(len(batch))
 	}
 	f.mu.Unlock()
+	if slow > 0 {
+		<-time.After(slow)
+	}
 	if hold != nil {
 		select {
 		case <-hold:

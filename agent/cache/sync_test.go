@@ -7,6 +7,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 )
 
@@ -74,6 +76,65 @@ func TestTaintedAuthorityIsLeftAtOnce(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		if n := len(f.seen().signed) - before; n < 200 || n > 10_000 {
 			t.Errorf("%d signatures", n)
+		}
+	})
+}
+
+// A server that can't keep up with a taint gets what ends first at first, and a
+// workload that starts meanwhile waits for none of it.
+func TestUnderLoadATaintIsLeftSoonestEndFirst(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		const entries = 2000
+		var list []*agentv1.Entry
+		for i := range entries {
+			life := time.Duration(20+i*7919%entries/50) * time.Minute // from 20 to 60 minutes, in no order
+			list = append(list, changed(entry(fmt.Sprint(i), fmt.Sprintf("w/%d", i), "unix:uid:1"), func(e *agentv1.Entry) { e.X509SvidTtl = durationpb.New(life) }))
+		}
+		f.set(list...)
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		ends := map[string]time.Time{}
+		for _, svid := range must(s.Snapshot()).SVIDs {
+			ends[svid.EntryID] = svid.NotAfter
+		}
+		old, next := f.signer, newAuthority("root 2")
+		f.changeBundle(func() { f.bundled = append(f.bundled, next) })
+		synctest.Wait()
+		before := len(f.seen().batches)
+		f.with(func() { f.signer, f.slow = next, time.Second })
+		f.changeBundle(func() { old.tainted = true })
+		<-time.After(3 * time.Second)
+
+		f.set(entry("new", "new", "unix:uid:2"))
+		began := time.Now()
+		late := a.cache.Subscribe(sel("unix:uid:2"))
+		defer late.Close()
+		if _, err := late.Snapshot(); err != nil {
+			<-late.Changed()
+		}
+		wantPaths(t, late, "new")
+		if took := time.Since(began); took > 2*time.Second {
+			t.Errorf("the new workload waited %v", took)
+		}
+		<-time.After(time.Minute)
+		var order []time.Time
+		for _, batch := range f.seen().batches[before:] {
+			for _, id := range batch {
+				if id != "new" {
+					order = append(order, ends[id])
+				}
+			}
+		}
+		if len(order) != entries {
+			t.Fatalf("%d signatures", len(order))
+		}
+		const inFlight = 6 * 50 // calls that run together may arrive in any order
+		for i := range len(order) - inFlight {
+			if order[i].After(order[i+inFlight]) {
+				t.Fatalf("item %d ends at %v, after item %d, which ends at %v", i, order[i], i+inFlight, order[i+inFlight])
+			}
 		}
 	})
 }

@@ -146,7 +146,7 @@ func (r *Rotator) drive(ctx context.Context) (look time.Duration, err error) {
 	order := r.order(op)
 	if s.gate != "" {
 		if waits := r.waits(s); len(waits) > 0 {
-			if order.Forced = r.open(op, s, time.Now()); !order.Forced {
+			if order.Forced = r.open(op, s, r.o.Clock.Now()); !order.Forced {
 				return lookEvery, nil
 			}
 			if err := r.miss(ctx, op, waits); err != nil {
@@ -166,7 +166,7 @@ const holdAfterAbort = 24 * time.Hour
 
 // begin starts a rotation if it is time for the next one.
 func (r *Rotator) begin(ctx context.Context, last *ca.Operation) error {
-	now := time.Now()
+	now := r.o.Clock.Now()
 	if !r.o.Automatic || !due(r.o.Authority.Authorities(), now) {
 		return nil
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/keys"
@@ -67,6 +68,7 @@ type site struct {
 	mu        sync.Mutex
 	agents    []*agent
 	automatic bool
+	clock     *schedule.Clock
 	dozes     func() bool // whether an agent that is awake lets this look pass
 }
 
@@ -122,7 +124,7 @@ func (s *site) open() error {
 	s.authority = authority
 	s.registry = prometheus.NewPedanticRegistry()
 	s.rotator = rotation.New(rotation.Options{
-		Authority: s.authority, Fleet: s.fleet, MaxTTL: time.Hour, Audit: s.opts.Audit, Log: s.opts.Log, Automatic: s.automatic,
+		Authority: s.authority, Fleet: s.fleet, MaxTTL: time.Hour, Audit: s.opts.Audit, Log: s.opts.Log, Automatic: s.automatic, Clock: s.clock,
 		OwnAuthority: func() string { return s.authority.Issuer().AuthorityID }, Registerer: s.registry,
 	})
 	ctx, cancel := context.WithCancel(context.Background())

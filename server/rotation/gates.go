@@ -29,7 +29,9 @@ type Wait struct {
 
 // World is what the gates look at.
 type World struct {
-	Now   time.Time
+	Now time.Time
+	// Ahead is how far the wall clock was set ahead of Now, if it was.
+	Ahead time.Duration
 	Fleet []registry.AgentStatus
 	// MaxTTL is the longest life of a workload's X.509-SVID.
 	MaxTTL time.Duration
@@ -43,7 +45,17 @@ func (w World) Activate(root ca.Root) []Wait {
 	if until := root.HandedBefore; until.After(w.Now) {
 		waits = append(waits, Wait{Why: "certificates handed out without an agent before the new root was published have not ended", Until: until})
 	}
-	return append(waits, w.agents(root, w.notServed)...)
+	return w.dated(append(waits, w.agents(root, w.notServed)...))
+}
+
+// dated says beside what is waited for that the time of it is not that of the
+// wall clock.
+func (w World) dated(waits []Wait) []Wait {
+	if w.Ahead > 0 && len(waits) > 0 {
+		waits = append(waits, Wait{Why: fmt.Sprintf(
+			"the server's clock was set ahead by %v: the gate goes by the time since boot; if the clock is right now, restart the server", w.Ahead.Round(time.Second))})
+	}
+	return waits
 }
 
 // notServed says why an agent and its workloads may not have root yet.
@@ -73,9 +85,9 @@ func (w World) Revoke(root ca.Root) []Wait {
 		waits = append(waits, Wait{Why: "the server's own certificate is under it"})
 	}
 	if !root.StreamUntil.After(w.Now) {
-		return waits // all that agents ever got under it has ended
+		return w.dated(waits) // all that agents ever got under it has ended
 	}
-	return append(waits, w.agents(root, w.holds)...)
+	return w.dated(append(waits, w.agents(root, w.holds)...))
 }
 
 // agents returns those of the agents that count for which why has a reason.

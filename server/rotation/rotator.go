@@ -13,6 +13,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/registry"
@@ -64,8 +65,11 @@ type Options struct {
 	// Automatic: a rotation begins by itself when a third of the active root's
 	// life remains.
 	Automatic bool
-	Audit     Auditor
-	Log       *slog.Logger
+	// Clock is what the gates go by: a clock that is set ahead opens none. Nil:
+	// the wall clock, whatever it shows.
+	Clock *schedule.Clock
+	Audit Auditor
+	Log   *slog.Logger
 	// Registerer, if there is one, gets the metrics.
 	Registerer prometheus.Registerer
 }
@@ -111,7 +115,7 @@ func (r *Rotator) Start(ctx context.Context, by Request, deadline time.Duration)
 	if err := r.mayStart(last); err != nil {
 		return Status{}, r.refused(ctx, by, "rotation.start", err)
 	}
-	now := time.Now().UTC()
+	now := r.o.Clock.Now().UTC()
 	op := r.o.Authority.Replacing(last)
 	op.ID, op.StartedAt, op.Who, op.Reason = strings.ToLower(rand.Text()), now, by.Who, by.Reason
 	if deadline > 0 {
@@ -168,7 +172,7 @@ func (r *Rotator) Force(ctx context.Context, by Request) (Status, error) {
 			err = fault.New(fault.Precondition, "no_gate", "the rotation does not wait at a gate now")
 		}
 	}
-	if err == nil && r.open(op, at, time.Now()) {
+	if err == nil && r.open(op, at, r.o.Clock.Now()) {
 		return r.status(op), nil // that gate is open already
 	}
 	if err != nil {
@@ -251,5 +255,5 @@ func (r *Rotator) find(id string) ca.Root {
 
 // world is what the gates look at now.
 func (r *Rotator) world() World {
-	return World{Now: time.Now(), Fleet: r.o.Fleet(), MaxTTL: r.o.MaxTTL, OwnAuthority: r.o.OwnAuthority()}
+	return World{Now: r.o.Clock.Now(), Ahead: r.o.Clock.Step(), Fleet: r.o.Fleet(), MaxTTL: r.o.MaxTTL, OwnAuthority: r.o.OwnAuthority()}
 }
