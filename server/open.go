@@ -77,6 +77,9 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if r.clusters, err = kube.Open(s.cfg.Kubernetes, s.cfg.trustDomain(), s.cfg.prefix(), s.deps.Version); err != nil {
 		return nil, err
 	}
+	if err := r.clusters.Register(s.deps.Registerer); err != nil {
+		return nil, err
+	}
 	// Before anything is made that can't be taken back: an address that is in
 	// use must not cost a trust domain its first root.
 	if err := s.bind(ctx, r); err != nil {

@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -39,28 +40,29 @@ func (s sink[T]) Replace(list []any, _ string) error {
 // run keeps the index current until ctx ends.
 func (c *cluster) run(ctx context.Context, log *slog.Logger) {
 	x := c.index
+	tell := &teller{log: log, cluster: c.name}
 	nodes := sink[*corev1.Node]{set: x.setNode, drop: func(n *corev1.Node) { x.dropNode(n.Name) }, replace: x.replaceNodes}
 	pods := sink[*corev1.Pod]{set: x.setPod, drop: func(p *corev1.Pod) { x.dropPod(podKey(p)) }, replace: x.replacePods}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		follow(ctx, log, c, watchNodes, "nodes", &corev1.NodeList{}, &corev1.Node{}, nodes)
+		follow(ctx, tell, c, watchNodes, "nodes", &corev1.NodeList{}, &corev1.Node{}, nodes)
 	}()
-	follow(ctx, log, c, watchPods, "pods", &corev1.PodList{}, &corev1.Pod{}, pods)
+	follow(ctx, tell, c, watchPods, "pods", &corev1.PodList{}, &corev1.Pod{}, pods)
 	<-done
 }
 
 // follow keeps one sink current with all objects of a resource.
-func follow(ctx context.Context, log *slog.Logger, c *cluster, which int, resource string, list, object runtime.Object, into cache.ReflectorStore) {
+func follow(ctx context.Context, tell *teller, c *cluster, which int, resource string, list, object runtime.Object, into cache.ReflectorStore) {
 	source := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			out := list.DeepCopyObject()
-			return out, get(c.api.core, resource, o).Do(ctx).Into(out)
+			return out, tell.of(ctx, resource, get(c.api.core, resource, o).Do(ctx).Into(out))
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.Watch, o.AllowWatchBookmarks = true, true
 			w, err := get(c.api.core, resource, o).Watch(ctx)
-			if err != nil {
+			if err := tell.of(ctx, resource, err); err != nil {
 				return nil, err
 			}
 			c.index.setOpen(which, true)
@@ -70,7 +72,37 @@ func follow(ctx context.Context, log *slog.Logger, c *cluster, which int, resour
 	quiet := logr.Discard()
 	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: &quiet})
 	r.RunWithContext(ctx)
-	log.LogAttrs(ctx, slog.LevelDebug, "watch ended", slog.String("cluster", c.name), slog.String("resource", resource))
+}
+
+// teller logs why a cluster can't be watched: at once, then once a minute, and
+// that it can be again.
+type teller struct {
+	log     *slog.Logger
+	cluster string
+
+	mu   sync.Mutex
+	told map[string]time.Time // by resource; only while it can't be watched
+}
+
+const tellEvery = time.Minute
+
+func (t *teller) of(ctx context.Context, resource string, err error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	last, failing := t.told[resource]
+	attrs := []slog.Attr{slog.String("cluster", t.cluster), slog.String("resource", resource)}
+	switch {
+	case err == nil && failing:
+		delete(t.told, resource)
+		t.log.LogAttrs(ctx, slog.LevelInfo, "the cluster can be watched again", attrs...)
+	case err != nil && ctx.Err() == nil && (!failing || time.Since(last) >= tellEvery):
+		if t.told == nil {
+			t.told = map[string]time.Time{}
+		}
+		t.told[resource] = time.Now()
+		t.log.LogAttrs(ctx, slog.LevelWarn, "the cluster can't be watched: after a minute nothing is signed for its pods", append(attrs, slog.String("error", err.Error()))...)
+	}
+	return err
 }
 
 func get(core rest.Interface, resource string, o metav1.ListOptions) *rest.Request {

@@ -3,14 +3,12 @@
 package e2e
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"regexp"
 	"strconv"
@@ -272,7 +270,9 @@ func TestFloodOfStrangersDelaysNobody(t *testing.T) {
 
 	// Beside it: two generations of the agent's certificate, three of the
 	// workload's.
-	renewals := func() float64 { return metric(t, a.Ops, `assay_agent_node_attempts_total{result="ok",step="renew"}`) }
+	renewals := func() float64 {
+		return harness.Metric(t, a.Ops, `assay_agent_node_attempts_total{result="ok",step="renew"}`)
+	}
 	had := renewals()
 	a.Eventually(2*time.Minute, "renewals", func() error {
 		if n := renewals() - had; n < 2 {
@@ -285,7 +285,7 @@ func TestFloodOfStrangersDelaysNobody(t *testing.T) {
 		t.Errorf("the workload has %s, had %s: %v", second, first, err)
 	}
 	for _, series := range []string{`assay_agent_node_attempts_total{result="failed",step="renew"}`, `assay_agent_node_attempts_total{result="ok",step="rejoin"}`} {
-		if n := metric(t, a.Ops, series); n > 0 {
+		if n := harness.Metric(t, a.Ops, series); n > 0 {
 			t.Errorf("%s is %v", series, n)
 		}
 	}
@@ -298,7 +298,7 @@ func TestFloodOfStrangersDelaysNobody(t *testing.T) {
 	end()
 	floods.Wait()
 	t.Logf("attestations: %d timed out, %d refused, %d other", cut.Load(), refused.Load(), others.Load())
-	if n := metric(t, s.Ops, `assay_limit_refusals_total{reason="attest_rate",server="agents"}`); n < 1000 {
+	if n := harness.Metric(t, s.Ops, `assay_limit_refusals_total{reason="attest_rate",server="agents"}`); n < 1000 {
 		t.Errorf("attest_rate counts %v", n)
 	}
 	// Nor does it fill the disk: the log has some of the refusals, and how many
@@ -306,34 +306,10 @@ func TestFloodOfStrangersDelaysNobody(t *testing.T) {
 	if log, err := os.ReadFile(s.File("server.log")); err != nil || bytes.Count(log, []byte("call refused")) > 2000 || !bytes.Contains(log, []byte("suppressed=")) {
 		t.Errorf("%d refusals in the log, %v", bytes.Count(log, []byte("call refused")), err)
 	}
-	if n := metric(t, s.Ops, `assay_limit_refusals_total{reason="limit_anonymous_connections",server="agents"}`); n < 4000 {
+	if n := harness.Metric(t, s.Ops, `assay_limit_refusals_total{reason="limit_anonymous_connections",server="agents"}`); n < 4000 {
 		t.Errorf("limit_anonymous_connections counts %v", n)
 	}
 	if grown := peakRSS(t, s.Server.PID()) - before; grown > growth {
 		t.Errorf("%d MiB more memory", grown>>20)
 	}
-}
-
-// metric reads one series, 0 if there is none.
-func metric(t testing.TB, port int, series string) float64 {
-	t.Helper()
-	resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/metrics", port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	lines := bufio.NewScanner(resp.Body)
-	for lines.Scan() {
-		if text, ok := strings.CutPrefix(lines.Text(), series+" "); ok {
-			n, err := strconv.ParseFloat(text, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return n
-		}
-	}
-	if err := lines.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return 0
 }

@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/seed-caa81108/assay/test/harness"
 )
 
 // What the alerts on a rotation go by, from the real server: an agent that is
@@ -19,7 +21,7 @@ func TestMetricsShowARotationThatWaits(t *testing.T) {
 	shows := func(series string, want float64) {
 		t.Helper()
 		s.Server.Eventually(time.Minute, series, func() error {
-			if got := metric(t, s.Ops, series); got != want {
+			if got := harness.Metric(t, s.Ops, series); got != want {
 				return fmt.Errorf("it is %v, want %v", got, want)
 			}
 			return nil
@@ -30,7 +32,7 @@ func TestMetricsShowARotationThatWaits(t *testing.T) {
 	shows("assay_fleet_agents_connected", 1)
 	shows("assay_fleet_agents_unacknowledged", 0)
 	s.Server.Eventually(time.Minute, "a report", func() error {
-		if offset := metric(t, s.Ops, "assay_fleet_clock_offset_max_seconds"); offset <= 0 || offset > 60 {
+		if offset := harness.Metric(t, s.Ops, "assay_fleet_clock_offset_max_seconds"); offset <= 0 || offset > 60 {
 			return fmt.Errorf("the agent on the same machine has a clock that is %v s off", offset)
 		}
 		return nil
@@ -41,7 +43,7 @@ func TestMetricsShowARotationThatWaits(t *testing.T) {
 	shows(`assay_rotation_phase{phase="publishing"}`, 1)
 	shows(`assay_rotation_gate_waits{gate="activate"}`, 1)
 	shows("assay_fleet_agents_unacknowledged", 1)
-	since := time.Unix(int64(metric(t, s.Ops, "assay_rotation_phase_since_timestamp_seconds")), 0)
+	since := time.Unix(int64(harness.Metric(t, s.Ops, "assay_rotation_phase_since_timestamp_seconds")), 0)
 	if age := time.Since(since); age < 0 || age > 10*time.Minute {
 		t.Errorf("in its phase since %v", since)
 	}

@@ -86,8 +86,19 @@ func TestIdentitiesOutlastTheAPIServer(t *testing.T) {
 		}
 		return nil
 	})
+	usable := func(want float64) {
+		t.Helper()
+		site.Server.Eventually(3*time.Minute, "the metric to say whether pods are known", func() error {
+			if got := harness.Metric(t, site.Ops, `assay_kubernetes_pod_index_usable{cluster="test"}`); got != want {
+				return fmt.Errorf("it says %v", got)
+			}
+			return nil
+		})
+	}
+	usable(0)
 	s.Restart(t)
 	b.WaitReady(b.Ops)
+	usable(1)
 	next := s.Run(Pod{Name: "web-3", Node: node.Name, Account: "web"})
 	cg.start(next, a.Endpoint()).await("svid")
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/seed-caa81108/assay/agent"
 	"github.com/seed-caa81108/assay/pkg/daemon"
 	"github.com/seed-caa81108/assay/server"
+	"github.com/seed-caa81108/assay/server/kube"
 )
 
 // Both daemons run, so that every metric is registered, whenever that is done.
@@ -39,7 +40,13 @@ func TestMetricsReference(t *testing.T) {
 	if err := server.WriteSealKey(seal); err != nil {
 		t.Fatal(err)
 	}
+	nowhere := filepath.Join(dir, "kubeconfig") // of a cluster that gives no answer
+	if err := os.WriteFile(nowhere, []byte(`{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}],
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}], users: [{name: u, user: {}}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	s, err := server.New(server.Config{
+		Kubernetes:  kube.Config{Clusters: map[string]kube.ClusterConfig{"c": {Kubeconfig: nowhere, AgentServiceAccounts: []string{"assay/assay-agent"}}}},
 		TrustDomain: "example.org", Bootstrap: time.Now().UTC().Format(time.DateOnly), SealKeyFile: seal,
 		Listen: "127.0.0.1:0", DataDir: filepath.Join(dir, "server"),
 		Admin: server.AdminConfig{Socket: filepath.Join(dir, "run", "admin.sock")},

@@ -1,0 +1,49 @@
+package kube
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// collector reads the indexes when metrics are collected.
+type collector struct {
+	clusters             *Clusters
+	usable, nodes, known *prometheus.Desc
+}
+
+// Register adds the metrics of the clusters, if there are any.
+func (c *Clusters) Register(reg prometheus.Registerer) error {
+	if len(c.byName) == 0 {
+		return nil
+	}
+	return reg.Register(&collector{
+		clusters: c,
+		usable: prometheus.NewDesc("assay_kubernetes_pod_index_usable",
+			"1 while the server knows which pods run in the cluster; else it signs nothing for them.", []string{"cluster"}, nil),
+		nodes: prometheus.NewDesc("assay_kubernetes_nodes", "Nodes of the cluster, by its API server.", []string{"cluster"}, nil),
+		known: prometheus.NewDesc("assay_kubernetes_pods", "Pods of the cluster, by its API server, ended ones included.", []string{"cluster"}, nil),
+	})
+}
+
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	for name, cl := range c.clusters.byName {
+		cl.index.mu.Lock()
+		usable, nodes, pods := 0.0, len(cl.index.nodes), len(cl.index.pods)
+		if cl.index.usable(time.Now()) == nil {
+			usable = 1
+		}
+		cl.index.mu.Unlock()
+		ch <- prometheus.MustNewConstMetric(c.usable, prometheus.GaugeValue, usable, name)
+		ch <- prometheus.MustNewConstMetric(c.nodes, prometheus.GaugeValue, float64(nodes), name)
+		ch <- prometheus.MustNewConstMetric(c.known, prometheus.GaugeValue, float64(pods), name)
+	}
+}
