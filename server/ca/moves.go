@@ -95,6 +95,7 @@ func (a *Authority) Prepare(ctx context.Context, o Order) (Root, error) {
 		}
 		return Root{}, err
 	}
+	failpoint.Hit("bundle_published")
 	return a.current.Load().view.find(made.record.ID).root(), nil
 }
 

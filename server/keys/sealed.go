@@ -17,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
@@ -66,6 +67,7 @@ func (s *Sealed) Create(_ context.Context, kt Type) (crypto.Signer, []byte, erro
 	if err != nil {
 		return nil, nil, fmt.Errorf("generate key: %w", err)
 	}
+	failpoint.Hit("key_made")
 	id, err := ID(key.Public())
 	if err != nil {
 		return nil, nil, err
@@ -85,6 +87,7 @@ func (s *Sealed) Create(_ context.Context, kt Type) (crypto.Signer, []byte, erro
 	}
 	ref := append([]byte{refVersion}, rawID...)
 	sealed := aead.Seal(ref, nil, plain, s.additional(ref)) //nolint:gosec // the cipher draws the nonce itself
+	failpoint.Hit("key_sealed")
 	return hide(key), sealed, nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/seed-caa81108/assay/pkg/failpoint"
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/audit"
@@ -240,6 +241,7 @@ func (r *Rotator) end(ctx context.Context, op *ca.Operation, phase Phase) error 
 		return nil // decided anew in the same moment: the next look sees it
 	}
 	if err == nil {
+		failpoint.Hit("rotation_end")
 		r.note(op)
 		r.o.Log.LogAttrs(ctx, slog.LevelWarn, "rotation ended", slog.String("operation", op.ID), slog.String("outcome", op.Outcome))
 	}

@@ -134,6 +134,13 @@ func (s *Site) Try(name string, args ...string) (stdout, stderr string, code int
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
+// Launch starts one of the binaries and does not wait for it. What it prints is
+// in launched.log.
+func (s *Site) Launch(name string, args ...string) *Process {
+	s.tb.Helper()
+	return Start(s.tb, s.File("launched.log"), []string{"ASSAY_SERVER_SOCKET=" + s.AdminSocket()}, s.bin(name), args...)
+}
+
 // Run is Try for what has to succeed; it returns the standard output.
 func (s *Site) Run(name string, args ...string) string {
 	s.tb.Helper()
