@@ -103,7 +103,9 @@ func (r *Rotator) Run(ctx context.Context) error {
 	defer close(r.stopped)
 	var backoff schedule.Backoff
 	waiting := time.Now() // since when at the same step
+	var ahead time.Duration
 	for {
+		ahead = r.tellClock(ctx, ahead)
 		look, err := r.drive(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -126,6 +128,20 @@ func (r *Rotator) Run(ctx context.Context) error {
 		}
 		timer.Stop()
 	}
+}
+
+// tellClock logs when the wall clock is found to be ahead, or right again. It
+// returns how far it is, as was returned the last time.
+func (r *Rotator) tellClock(ctx context.Context, was time.Duration) time.Duration {
+	ahead := max(0, r.o.Clock.Step())
+	switch {
+	case ahead > 0 && was == 0:
+		r.o.Log.LogAttrs(ctx, slog.LevelWarn, "the server's clock was set ahead: rotations go by the time since boot until it is right, or the server is started anew",
+			slog.Duration("by", ahead))
+	case ahead == 0 && was > 0:
+		r.o.Log.LogAttrs(ctx, slog.LevelInfo, "the server's clock is right again")
+	}
+	return ahead
 }
 
 // drive makes one step and returns zero, or when to look again.

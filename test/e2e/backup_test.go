@@ -13,6 +13,14 @@ import (
 	"github.com/seed-caa81108/assay/test/harness"
 )
 
+// restoreTTL leaves the time that a restore takes, on a machine that is busy.
+const restoreTTL = `ca:
+  x509_svid_ttl: 60s
+  max_x509_svid_ttl: 60s
+attestation:
+  agent_svid_ttl: 45s
+`
+
 // restore runs assay-server restore on the site's configuration.
 func restore(s *harness.Site, args ...string) (stdout, stderr string, code int) {
 	return s.Try("assay-server", append([]string{"restore", "--config", s.File("server.yaml")}, args...)...)
@@ -94,7 +102,7 @@ func auditLines(t *testing.T, s *harness.Site, action string) (n int) {
 // go on without a failed handshake, with certificates that the backup does not
 // know; what was used or banned since stays so.
 func TestAServerIsRestoredFromABackup(t *testing.T) {
-	f := newFleetAt(t, newSite(t, quickTTL), 2)
+	f := newFleetAt(t, newSite(t, restoreTTL), 2)
 	s := f.site
 	banned := s.NewAgent("banned")
 	banned.Start(banned.Join())
