@@ -13,7 +13,8 @@ import (
 // prune removes from the store what nobody can use any more. Several servers
 // may do it at once: what another one changed is left for the next time.
 func (r *Registry) prune(ctx context.Context) error {
-	return errors.Join(r.pruneTokens(ctx, time.Now()), r.pruneEntries(ctx, time.Now().Add(-keepExpired)))
+	now := r.clock.Now()
+	return errors.Join(r.pruneTokens(ctx, now), r.pruneEntries(ctx, now.Add(-keepExpired)))
 }
 
 // pruneTokens removes tokens that expired unused, and used ones whose time to

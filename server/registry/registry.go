@@ -48,7 +48,10 @@ type Options struct {
 	MaxX509SVIDTTL time.Duration
 	// NewEntry, if it is set, judges each entry as it is to be from now on; those
 	// that are there stay.
-	NewEntry   Guard
+	NewEntry Guard
+	// Clock decides what has ended for so long that it may be removed: a clock
+	// that is set ahead removes nothing. Nil: the wall clock, whatever it shows.
+	Clock      *schedule.Clock
 	Store      store.KV
 	Log        *slog.Logger
 	Registerer prometheus.Registerer
@@ -60,6 +63,7 @@ type Options struct {
 type Registry struct {
 	rules
 	newEntry     []Guard
+	clock        *schedule.Clock
 	store        store.KV
 	log          *slog.Logger
 	rejoinWindow time.Duration
@@ -88,6 +92,7 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		store:        o.Store,
 		log:          o.Log,
 		rejoinWindow: o.RejoinWindow,
+		clock:        o.Clock,
 		mirror:       newMirror(configured, changesKept),
 		fleet:        newFleet(),
 		stopped:      make(chan struct{}),

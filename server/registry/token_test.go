@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/pkg/schedule"
 	"github.com/seed-caa81108/assay/server/registry"
 	"github.com/seed-caa81108/assay/server/store"
 )
@@ -460,4 +461,39 @@ func TestTokenAndItsAliasAreOneCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantView(t, s.Registry, agent)
+}
+
+// NEG-58 c: what has ended by a clock that was set ahead is not removed, so that
+// it is there when the clock is right again.
+func TestAClockThatIsSetAheadRemovesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ahead atomic.Int64
+		began := time.Now()
+		clock := schedule.NewClock(func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }, func() time.Duration { return time.Since(began) })
+		s := start(t, t.TempDir(), func(o *registry.Options) { o.Clock = clock })
+		token, err := s.CreateToken(t.Context(), "", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ending := web("/a", node(1))
+		ending.ExpiresAt = time.Now().Add(time.Hour)
+		create(t, s.Registry, ending)
+		<-time.After(2 * registry.PruneEvery)
+		ahead.Store(int64(30 * 24 * time.Hour))
+		<-time.After(5 * registry.PruneEvery)
+		if n := s.CountEntries(registry.EntryFilter{}); n != 1 {
+			t.Errorf("%d entries", n)
+		}
+		if _, err := s.RedeemToken(t.Context(), token.Value, key(1)); err != nil {
+			t.Error(err)
+		}
+		ahead.Store(0)
+		<-time.After(registry.KeepExpired + 2*time.Hour)
+		if n := s.CountEntries(registry.EntryFilter{}); n != 0 {
+			t.Errorf("%d entries after their time", n)
+		}
+		if err := s.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
