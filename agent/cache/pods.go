@@ -176,12 +176,12 @@ func (c *Cache) runs(e *entry) bool {
 	return false
 }
 
-// park leaves an entry unsigned until its pod comes. What it has is served to
-// its end; nobody waits for more.
+// park leaves an entry unsigned until its pod comes. What it has serves nobody,
+// so it is not kept: a rotation would wait for it.
 func (c *Cache) park(e *entry) {
 	c.parked[e] = struct{}{}
-	if !e.attempted {
-		e.attempted = true
+	if e.svid != nil || !e.attempted {
+		e.svid, e.attempted = nil, true
 		c.touch(e)
 	}
 }

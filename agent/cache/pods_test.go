@@ -83,6 +83,34 @@ func TestAPodIsServedForAsLongAsItIsThere(t *testing.T) {
 	})
 }
 
+// What was signed for pods that are gone is held no longer than until somebody
+// has to replace it, and holds up no rotation; when such a pod comes, it is
+// signed anew.
+func TestNothingIsHeldForPodsThatAreGone(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "extra", "k8s:ns:shop"))
+		a.start()
+		f.run(pod("1", "shop", "web"))
+		synctest.Wait()
+		if st := a.cache.Status(); st.SVIDs != 2 {
+			t.Errorf("%d SVIDs", st.SVIDs)
+		}
+		f.end("1")
+		old, next := f.signer, newAuthority("root 2")
+		f.with(func() { f.signer = next })
+		f.changeBundle(func() { f.bundled = append(f.bundled, next); old.tainted = true })
+		synctest.Wait()
+		if st := a.cache.Status(); st.SVIDs != 0 || len(f.seen().signed) != 2 {
+			t.Errorf("%d SVIDs, signed %v", st.SVIDs, f.seen().signed)
+		}
+		f.run(pod("2", "shop", "web"))
+		synctest.Wait()
+		s := a.cache.Subscribe(podSet("2", "shop", "web"))
+		defer s.Close()
+		wantPaths(t, s, "ns/shop/sa/web", "extra")
+	})
+}
+
 // A caller whose pod is not known yet waits a moment for it.
 func TestACallerWaitsForItsPod(t *testing.T) {
 	inCluster(t, func(t *testing.T, f *fake, a *agent) {
