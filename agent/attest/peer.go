@@ -61,6 +61,9 @@ func PeerFrom(ctx context.Context) (*Peer, bool) {
 	return info.Pinned(), true
 }
 
+// Err says why the caller could not be pinned, nil if it is.
+func (p *Peer) Err() error { return p.err }
+
 // Selectors returns what is known of the caller, as all sources together say.
 func (p *Peer) Selectors(ctx context.Context) (selector.Set, error) {
 	if p.err != nil {

@@ -195,10 +195,11 @@ func (h handshake) Clone() credentials.TransportCredentials { return h }
 
 // admit counts a connection against the limits. A few beyond them are kept for
 // a moment, so that their clients read the reason; the rest are closed, which
-// clients see as Unavailable too.
+// clients see as Unavailable too. So is one whose caller can't be pinned for want
+// of descriptors: on the next one it may be.
 func (s *Server) admit(who *caller) error {
 	uid, files := who.Caller().UID, 1+who.Descriptors()
-	if s.gate.take(uid, descriptors, files) {
+	if fault.KindOf(who.Err()) != fault.NotReady && s.gate.take(uid, descriptors, files) {
 		who.conn.onClose(func() { s.gate.give(uid, descriptors, files) })
 		return nil
 	}
