@@ -2,6 +2,7 @@ package attest
 
 import (
 	"context"
+	"strings"
 
 	"github.com/seed-caa81108/assay/agent/cgroup"
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -54,6 +55,11 @@ func (k *K8S) Selectors(ctx context.Context, p Process) (selector.Set, error) {
 	switch {
 	case err != nil:
 		return nil, err
+	case owner == cgroup.Owner{} && strings.Contains(p.Cgroup, "kubepods"):
+		// Not where the configured root says: better nothing than a pod that
+		// passes for a program of the node.
+		return nil, fault.New(fault.Denied, "cgroup_unknown",
+			"the process is among pods that are not below attestation.k8s.cgroup_root: set it to the cgroup that holds the kubelet's kubepods")
 	case owner == cgroup.Owner{}:
 		return host, nil
 	}

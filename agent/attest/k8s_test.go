@@ -41,6 +41,7 @@ func TestK8SSelectorsAreThoseOfThePod(t *testing.T) {
 		"in the pod":       {"0::/kubepods/burstable/pod" + uid + "/" + container + "\n", want.Key(), ""},
 		"nested in it":     {"0::/kubepods/burstable/pod" + uid + "/" + container + "/kubepods/burstable/podx/y\n", want.Key(), ""},
 		"in none":          {"0::/system.slice/sshd.service\n", host.Key(), ""},
+		"not below root":   {"0::/kubelet/kubepods/pod" + uid + "/" + container + "\n", "", "cgroup_unknown"},
 		"in another":       {"0::/kubepods/pod00000000-2a64-4e0f-9c55-0b8a4e6d21f0/" + container + "\n", "", "pod_unknown"},
 		"in two":           {"1:pids:/kubepods/pod" + uid + "/" + container + "\n0::/kubepods/pod00000000-2a64-4e0f-9c55-0b8a4e6d21f0/" + container + "\n", "", "cgroup_conflict"},
 		"beside the pod":   {"0::/kubepods/burstable/pod" + uid + "\n", "", "cgroup_unknown"},

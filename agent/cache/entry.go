@@ -139,6 +139,8 @@ func (c *Cache) upsert(f facts) {
 		e.generation++
 		e.wait, e.failures = signBackoff, 0
 		c.enqueue(e)
+	} else if _, parked := c.parked[e]; parked {
+		c.enqueue(e) // it may be for other pods now
 	}
 }
 

@@ -213,3 +213,30 @@ func TestPodsAreKeptOverARestart(t *testing.T) {
 		}
 	})
 }
+
+// An entry that waits for its pods is signed once they are known, however that
+// comes about.
+func TestAnEntryIsNotLeftWaitingForPodsThatAreHere(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("typo", "typo", "k8s:ns:shp"), entry("late", "late", "k8s:ns:shop"))
+		f.with(func() { f.refuse["late"] = fault.New(fault.NotReady, "pod_index_not_synced", "x") })
+		a.start()
+		f.run(pod("1", "shop", "web"))
+		synctest.Wait()
+		s := a.cache.Subscribe(podSet("1", "shop", "web"))
+		wantPaths(t, s, "ns/shop/sa/web")
+		f.set(entry("typo", "typo", "k8s:ns:shop"))
+		synctest.Wait()
+		wantPaths(t, s, "ns/shop/sa/web", "typo")
+		s.Close()
+		<-time.After(10 * time.Second) // until it is sealed
+		a.stop()
+		f.with(func() { clear(f.refuse) })
+		<-time.After(2 * time.Hour) // all that it has has ended
+		a.start()
+		<-time.After(time.Minute)
+		s = a.cache.Subscribe(podSet("1", "shop", "web"))
+		defer s.Close()
+		wantPaths(t, s, "ns/shop/sa/web", "late", "typo")
+	})
+}

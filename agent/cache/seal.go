@@ -166,10 +166,10 @@ func (c *Cache) load() {
 	defer c.mu.Unlock()
 	at := c.now()
 	c.agentID, c.epoch, c.revision, c.lastSync, c.synced = content.agentID, content.epoch, content.revision, content.lastSync, true
+	c.restorePods(content.pods) // first: what is signed goes by them
 	for _, r := range content.records {
 		c.restore(r, at)
 	}
-	c.restorePods(content.pods)
 	c.noteOnDisk(content.records)
 }
 

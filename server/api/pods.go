@@ -81,12 +81,12 @@ func (s *AgentService) findPod(w *signing, at kube.Place, uid string) error {
 func (s *AgentService) checkRuns(at kube.Place, selectors selector.Set) error {
 	var wanted []selector.Selector
 	for _, one := range selectors {
-		if one.Type == "k8s" && one.Value == hostSelector {
-			return nil
-		}
 		if one.Type == "k8s" {
 			wanted = append(wanted, one)
 		}
+	}
+	if len(wanted) == 1 && wanted[0].Value == hostSelector {
+		return nil
 	}
 	if len(wanted) == 0 {
 		return fault.New(fault.Denied, "entry_without_pod",

@@ -66,13 +66,11 @@ func (c *Clusters) Runs(at Place, wanted selector.Set) error {
 		_, err := c.PodOn(at, "")
 		return err
 	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	now := time.Now()
-	if err := x.usable(now); err != nil {
+	pods, err := x.usablePods(at.NodeUID, time.Now())
+	if err != nil {
 		return err
 	}
-	for _, p := range x.podsOn(at.NodeUID, now) {
+	for _, p := range pods {
 		if p.Selectors(at.Cluster).Contains(wanted) {
 			return nil
 		}
@@ -109,16 +107,23 @@ func (c *Clusters) CheckEntry(id spiffeid.ID, selectors selector.Set) error {
 	if c == nil || c.template == nil {
 		return nil
 	}
-	namespace, account, ok := c.template.Fields(id)
+	fields, ok := c.template.Fields(id)
 	if !ok {
 		return nil
 	}
-	agreeing := selector.NewSet(selector.Selector{Type: "k8s", Value: "ns:" + namespace}, selector.Selector{Type: "k8s", Value: "sa:" + account})
-	if selectors.Contains(agreeing) {
+	var agreeing []selector.Selector
+	var texts []string
+	for _, field := range []struct{ name, value string }{{"cluster", fields.Cluster}, {"ns", fields.Namespace}, {"sa", fields.ServiceAccount}} {
+		if field.value != "" {
+			agreeing = append(agreeing, selector.Selector{Type: "k8s", Value: field.name + ":" + field.value})
+			texts = append(texts, "k8s:"+field.name+":"+field.value)
+		}
+	}
+	if selectors.Contains(selector.NewSet(agreeing...)) {
 		return nil
 	}
 	return fault.Newf(fault.Invalid, "entry_in_template_range",
-		"pods get this ID from kubernetes.template: an entry for it needs the selectors k8s:ns:%s and k8s:sa:%s, or another ID", namespace, account)
+		"pods get this ID from kubernetes.template: an entry for it needs the selectors %s, or another ID", strings.Join(texts, " "))
 }
 
 // The fields of a template.
@@ -168,25 +173,31 @@ func (t *Template) id(cluster string, p *Pod) (spiffeid.ID, error) {
 // namespace of that name, say. Such a pod gets none.
 var errReserved = errors.New("the ID is reserved")
 
-// Fields returns the namespace and ServiceAccount that an ID says, if a pod
-// could get it from the template.
-func (t *Template) Fields(id spiffeid.ID) (namespace, account string, ok bool) {
+// Fields are what an ID from a template says of its pod.
+type Fields struct {
+	Cluster                   string // empty: the template does not have it
+	Namespace, ServiceAccount string
+}
+
+// Fields returns what an ID says, if a pod could get it from the template.
+func (t *Template) Fields(id spiffeid.ID) (f Fields, ok bool) {
 	segments := strings.Split(strings.TrimPrefix(id.Path(), "/"), "/")
 	if id.TrustDomain() != t.td || len(segments) != len(t.parts) {
-		return "", "", false
+		return Fields{}, false
 	}
 	for i, part := range t.parts {
 		switch part {
 		case fieldNamespace:
-			namespace = segments[i]
+			f.Namespace = segments[i]
 		case fieldAccount:
-			account = segments[i]
+			f.ServiceAccount = segments[i]
 		case fieldCluster:
+			f.Cluster = segments[i]
 		default:
 			if segments[i] != part {
-				return "", "", false
+				return Fields{}, false
 			}
 		}
 	}
-	return namespace, account, true
+	return f, true
 }

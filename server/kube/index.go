@@ -32,7 +32,7 @@ const (
 // watchState is how current one of the watches is.
 type watchState struct {
 	synced bool
-	open   bool
+	open   int       // watches: an old one may end after the next has begun
 	until  time.Time // when it was last open
 }
 
@@ -50,7 +50,7 @@ func newIndex(cluster string) *index {
 // usable says whether the index may be gone by: nil, or why not.
 func (x *index) usable(now time.Time) error {
 	for _, w := range x.watch {
-		if !w.synced || !w.open && now.Sub(w.until) > maxStale {
+		if !w.synced || w.open == 0 && now.Sub(w.until) > maxStale {
 			return fault.New(fault.NotReady, "pod_index_not_synced",
 				"the server does not know at present which pods run in cluster "+x.cluster+": retry; its API server gives no answer, or not yet")
 		}
@@ -109,7 +109,9 @@ func (x *index) place(key string, p *Pod) {
 		return
 	}
 	if was != nil {
-		delete(x.by[was.Node], was.UID)
+		if x.by[was.Node][was.UID] == was {
+			delete(x.by[was.Node], was.UID)
+		}
 		if len(x.by[was.Node]) == 0 {
 			delete(x.by, was.Node)
 		}
@@ -126,7 +128,9 @@ func (x *index) place(key string, p *Pod) {
 	if x.by[p.Node] == nil {
 		x.by[p.Node] = map[string]*Pod{}
 	}
-	x.by[p.Node][p.UID] = p
+	if x.by[p.Node][p.UID] == nil { // no pod takes the place of another
+		x.by[p.Node][p.UID] = p
+	}
 	x.tell(x.nodes[p.Node])
 }
 
@@ -166,10 +170,12 @@ func (x *index) setOpen(which int, open bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	w := &x.watch[which]
-	if w.open || open {
-		w.until = time.Now()
+	w.until = time.Now()
+	if open {
+		w.open++
+	} else {
+		w.open--
 	}
-	w.open = open
 }
 
 // tell wakes the feeds of a node.
@@ -195,6 +201,16 @@ func (x *index) podsOn(nodeUID string, now time.Time) []*Pod {
 	}
 	byUID(pods)
 	return pods
+}
+
+// usablePods is podsOn, or why the index can't be gone by.
+func (x *index) usablePods(nodeUID string, now time.Time) ([]*Pod, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.usable(now); err != nil {
+		return nil, err
+	}
+	return x.podsOn(nodeUID, now), nil
 }
 
 // podOn is one of them, or why there is none.

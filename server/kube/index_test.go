@@ -64,8 +64,14 @@ func TestAPodIsOnItsNodeAlone(t *testing.T) {
 		soon := metav1.NewTime(time.Now().Add(time.Minute))
 		stopping.DeletionTimestamp = &soon
 		static := pod("k", "mirror", "a")
-		static.Annotations = map[string]string{configHash: "0123456789abcdef0123456789abcdef"}
-		x := watched(pod("1", "p-1", "a"), pod("2", "p-2", "b"), ended, failed, pending, waiting, stopping, static)
+		static.Spec.ServiceAccountName = ""
+		static.Annotations = map[string]string{configHash: "0123456789abcdef0123456789abcdef", configMirror: "0123456789abcdef0123456789abcdef"}
+		// A pod that says that it is another one, or a static one.
+		thief := pod("t", "p-t", "a")
+		thief.Annotations = map[string]string{configHash: "p-1", configMirror: "p-1"}
+		false1 := pod("u", "p-u", "a")
+		false1.Annotations = static.Annotations
+		x := watched(pod("1", "p-1", "a"), pod("2", "p-2", "b"), ended, failed, pending, waiting, stopping, static, thief, false1)
 		c := clustersOf(t, Config{}, x)
 		on := func(nodeUID, podUID, reason string) {
 			t.Helper()
@@ -76,7 +82,7 @@ func TestAPodIsOnItsNodeAlone(t *testing.T) {
 		}
 		const none = "no_such_workload_on_node"
 		for uid, reason := range map[string]string{
-			"p-1": "", "p-2": none, "p-e": none, "p-f": none, "p-p": "", "p-w": none, "p-s": "", "": none, "mirror": none,
+			"p-1": "", "p-2": none, "p-e": none, "p-f": none, "p-p": "", "p-w": none, "p-s": "", "": none, "mirror": none, "p-t": "", "p-u": "",
 			"0123456789abcdef0123456789abcdef": "",
 		} {
 			on("uid-a", uid, reason)
@@ -149,9 +155,11 @@ func TestAnIndexThatIsNotCurrentIsNotUsed(t *testing.T) {
 		usable(true)
 		<-time.After(time.Second)
 		usable(false)
-		x.setOpen(watchPods, false) // tried in vain
-		usable(false)
 		x.setOpen(watchPods, true)
+		usable(true)
+		x.setOpen(watchPods, true) // the next one begins before the last is seen to end
+		x.setOpen(watchPods, false)
+		<-time.After(time.Hour)
 		usable(true)
 	})
 }
@@ -280,11 +288,18 @@ func TestIdentitiesFromTheTemplate(t *testing.T) {
 			t.Errorf("%s: %v %v, want %q", namespace, id, ok, want)
 		}
 	}
-	for id, want := range map[string]string{"/shop/prod/web": "shop web", "/shop/web": "", "/a/b/c/d": ""} {
-		namespace, account, ok := c.template.Fields(spiffeid.RequireFromPath(example, id))
-		if got := namespace + " " + account; ok != (want != "") || ok && got != want {
-			t.Errorf("%s: %s", id, got)
+	for id, want := range map[string]Fields{"/shop/prod/web": {"prod", "shop", "web"}, "/shop/web": {}, "/a/b/c/d": {}} {
+		if got, ok := c.template.Fields(spiffeid.RequireFromPath(example, id)); ok != (want != Fields{}) || got != want {
+			t.Errorf("%s: %+v", id, got)
 		}
+	}
+	id := spiffeid.RequireFromPath(example, "/shop/prod/web")
+	set := selector.NewSet(selector.Selector{Type: "k8s", Value: "ns:shop"}, selector.Selector{Type: "k8s", Value: "sa:web"})
+	if err := c.CheckEntry(id, set); fault.ReasonOf(err) != "entry_in_template_range" {
+		t.Errorf("an entry for another cluster's pods: %v", err)
+	}
+	if err := c.CheckEntry(id, selector.NewSet(append(set, selector.Selector{Type: "k8s", Value: "cluster:prod"})...)); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"regexp"
 	"slices"
 	"time"
 
@@ -22,16 +23,33 @@ type Pod struct {
 	DeletedAt      time.Time // when the time that it has to stop is over; zero: it is not deleted
 }
 
-// configHash is the annotation of a mirror pod: what the kubelet itself calls
-// the static pod behind it.
-const configHash = "kubernetes.io/config.hash"
+// The annotations of a mirror pod: what the kubelet itself calls the static pod
+// behind it.
+const (
+	configHash   = "kubernetes.io/config.hash"
+	configMirror = "kubernetes.io/config.mirror"
+)
+
+// A hash can't be taken for a UID, which has dashes.
+var staticUID = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
+// staticHash is the hash of a mirror pod; empty: it is none. Whoever makes a pod
+// may annotate it as he likes, so only what the API server lets no other pod be
+// counts: one without a ServiceAccount.
+func staticHash(p *corev1.Pod) string {
+	hash := p.Annotations[configHash]
+	if p.Spec.ServiceAccountName != "" || hash != p.Annotations[configMirror] || !staticUID.MatchString(hash) {
+		return ""
+	}
+	return hash
+}
 
 func newPod(p *corev1.Pod) *Pod {
 	out := &Pod{
 		UID: string(p.UID), Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Node: p.Spec.NodeName,
 		Ended: p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed,
 	}
-	if hash, ok := p.Annotations[configHash]; ok {
+	if hash := staticHash(p); hash != "" {
 		out.UID = hash
 	}
 	if p.DeletionTimestamp != nil {
