@@ -144,7 +144,8 @@ func (j *restoring) makeFit(ctx context.Context) (err error) {
 		return err
 	}
 	j.report.Agents, err = registry.Restore(ctx, registry.RestoreOptions{
-		TrustDomain: td, ReservedPrefix: j.cfg.prefix(), Store: kv, TakenAt: j.report.TakenAt, After: j.report.Since.Acts,
+		TrustDomain: td, ReservedPrefix: j.cfg.prefix(), Store: kv, After: j.report.Since.Acts,
+		TakenAt: j.report.TakenAt.Add(-j.cfg.CA.Backdate), // certificates of after it begin as early as this
 	})
 	if err != nil {
 		return err
@@ -157,7 +158,7 @@ func (j *restoring) makeFit(ctx context.Context) (err error) {
 // trust its successor only, and it may have been replaced because it was known
 // to others.
 func (j *restoring) checkRoots(roots ca.Restored) error {
-	lost := j.report.Since.rootsLost(roots.Published)
+	lost := j.report.Since.rootsLost(roots.States)
 	if lost == "" || j.req.Force {
 		return nil
 	}

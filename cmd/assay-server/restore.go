@@ -32,7 +32,8 @@ bans and evictions since the backup are made again, and what else is lost is
 printed: entries to look at, agents that have to attest anew. A backup from
 before a root was replaced is refused, because agents may not trust it any more.
 
---check finds all that out and changes nothing; it may run beside the server.
+--check finds all that out and changes nothing; of a FILE it may do so beside the
+running server.
 
 Without FILE and with --accept-rollback it makes the store fit for use that is
 in place and that the server refuses as store_rollback, because it is older than
@@ -100,10 +101,8 @@ func writeReport(w io.Writer, r server.RestoreReport, check bool) error {
 		fmt.Fprintf(&b, "  store before         %s\n", r.Kept)
 	}
 	ids(&b, "agents that are banned", r.Agents.Bans)
-	if !r.Since.Known {
-		b.WriteString("there is no audit log: bans, entries and roots that were changed since are not known; look at each\n")
-		_, err := io.WriteString(w, b.String())
-		return err
+	if !r.Since.Complete {
+		b.WriteString("the audit log does not reach back to then, or there is none: more bans, entries and roots may have changed since than is told here; look at each\n")
 	}
 	ids(&b, "banned since, and banned again", r.Agents.Banned)
 	ids(&b, "evicted since, and evicted again", r.Agents.Evicted)

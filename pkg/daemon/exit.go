@@ -33,6 +33,7 @@ var exitByReason = map[string]int{
 	"store_newer":          exitData,
 	"store_rollback":       exitData,
 	"audit_corrupt":        exitData,
+	"audit_chain_broken":   exitData,
 	"restore_roots_moved":  exitData,
 	"seal_key_exists":      exitCantCreate,
 	"store_exists":         exitCantCreate,

@@ -30,14 +30,16 @@ func (s *AdminService) Backup(_ *adminv1.BackupRequest, stream grpc.ServerStream
 	}
 	ctx := stream.Context()
 	spooled, err := s.cfg.Spool(ctx)
+	if err == nil {
+		defer func() { err = errors.Join(err, spooled.Close()) }()
+	}
 	line := audit.Line{Origin: origin(ctx), Action: "backup.take", Why: audit.Why{Rule: "operator"}, Result: result(err)}
-	if err := record(ctx, s.cfg.Audit, line); err != nil {
-		return err
+	if aerr := record(ctx, s.cfg.Audit, line); aerr != nil {
+		return aerr
 	}
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, spooled.Close()) }()
 	h := spooled.Header
 	info := &adminv1.BackupInfo{TrustDomain: h.TrustDomain, Revision: h.Revision, TakenAt: stamp(h.TakenAt), Records: spooled.Records, Bytes: uint64(spooled.Bytes)}
 	if err := stream.Send(&adminv1.BackupResponse{Part: &adminv1.BackupResponse_Info{Info: info}}); err != nil {

@@ -1,7 +1,10 @@
 package audit
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"testing"
 	"time"
 
@@ -105,5 +108,21 @@ func TestEventsOfABrokenChainAreRefused(t *testing.T) {
 	write(t, path, data)
 	if err := Events(path, func(Event) error { return nil }); fault.ReasonOf(err) != "audit_chain_broken" {
 		t.Error(err)
+	}
+}
+
+// A crash in a rotation leaves older files and none under the log's own name.
+func TestEventsWithoutANewestFile(t *testing.T) {
+	path := logPath(t)
+	if err := Events(path, func(Event) error { return nil }); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a log: %v", err)
+	}
+	l := open(t, Config{Path: path})
+	record(t, l, "one", "two")
+	if err := errors.Join(l.Close(), os.Rename(path, path+".1")); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(events(t, path)); got != "[one@0 two@0]" {
+		t.Errorf("got %s", got)
 	}
 }

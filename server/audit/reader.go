@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -132,7 +133,7 @@ type verifier struct {
 }
 
 // files goes through the older files and then the one at path, and returns how
-// many they are.
+// many they are. A crash in a rotation can leave none at path.
 func (v *verifier) files(path string) (int, error) {
 	numbers, err := rotated(path)
 	if err != nil {
@@ -143,7 +144,12 @@ func (v *verifier) files(path string) (int, error) {
 			return 0, err
 		}
 	}
-	return len(numbers) + 1, v.file(path, true)
+	if err := v.file(path, true); errors.Is(err, fs.ErrNotExist) && len(numbers) > 0 {
+		return len(numbers), nil
+	} else if err != nil {
+		return 0, err
+	}
+	return len(numbers) + 1, nil
 }
 
 func (v *verifier) file(path string, newest bool) error {

@@ -25,9 +25,9 @@ type RestoreOptions struct {
 type Restored struct {
 	// Sequence is the bundle's, above every one that was ever published.
 	Sequence uint64
-	// Active is the root that signs, Published are the IDs of all in the bundle.
-	Active    Root
-	Published []string
+	// Active is the root that signs, States those of all roots by ID.
+	Active Root
+	States map[string]State
 }
 
 // Restore makes the authority records of a store that was loaded from a backup
@@ -52,18 +52,18 @@ func Restore(ctx context.Context, o RestoreOptions) (Restored, error) {
 		return Restored{}, fault.New(fault.Precondition, "authority_missing",
 			"the backup holds no root: nothing was changed; use one that was taken from a running server")
 	}
-	found := Restored{Active: v.active.root()}
+	found := Restored{Active: v.active.root(), States: map[string]State{}}
 	now := time.Now()
 	var ifs []store.Precondition
 	var writes []store.Write
 	for _, one := range v.authorities {
+		found.States[one.record.ID] = one.record.State
 		if !one.record.State.published() {
 			continue
 		}
 		if _, err := a.openRootKey(ctx, one); err != nil {
 			return Restored{}, err
 		}
-		found.Published = append(found.Published, one.record.ID)
 		changed := &authority{record: one.record}
 		for c := range numClasses {
 			ahead := a.ahead(now)

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"maps"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -51,7 +52,7 @@ func TestRestoredAuthoritiesCoverWhatWasSignedSince(t *testing.T) {
 		if got.Sequence <= highest || got.Sequence != uint64(time.Now().Unix()) {
 			t.Errorf("sequence %d after %d", got.Sequence, highest)
 		}
-		if got.Active.ID != first || !slices.Equal(got.Published, []string{first}) {
+		if got.Active.ID != first || !maps.Equal(got.States, map[string]State{first: Active}) {
 			t.Errorf("restored %+v", got)
 		}
 		again, err := Restore(t.Context(), w.restoring()) // in the same second

@@ -57,12 +57,12 @@ func follow(ctx context.Context, tell *teller, c *cluster, which int, resource s
 	source := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			out := list.DeepCopyObject()
-			return out, tell.of(ctx, resource, get(c.api.core, resource, o).Do(ctx).Into(out))
+			return out, tell.result(ctx, resource, get(c.api.core, resource, o).Do(ctx).Into(out))
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.Watch, o.AllowWatchBookmarks = true, true
 			w, err := get(c.api.core, resource, o).Watch(ctx)
-			if err := tell.of(ctx, resource, err); err != nil {
+			if err := tell.result(ctx, resource, err); err != nil {
 				return nil, err
 			}
 			c.index.setOpen(which, true)
@@ -86,7 +86,7 @@ type teller struct {
 
 const tellEvery = time.Minute
 
-func (t *teller) of(ctx context.Context, resource string, err error) error {
+func (t *teller) result(ctx context.Context, resource string, err error) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	last, failing := t.told[resource]

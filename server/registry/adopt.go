@@ -42,14 +42,15 @@ const leeway = 30 * time.Minute
 // agent's newest.
 //
 //   - It was signed between the backup and the restore. What was signed before
-//     or after is on record: an unknown serial was replaced.
+//     or after is on record: an unknown serial was replaced. The agent has not
+//     attested since: then it needs nothing from before.
 //   - It ends after every one that is on record. So of several that are shown
 //     the newest wins, whatever their order: who holds the key of an older one
-//     is out once the agent itself has come.
+//     is out once the agent itself has come, unless he has renewed by then.
 //   - Its key is nobody else's.
 func (r *Registry) adoptable(a *Agent, shown Shown) error {
 	from, to := fromMillis(r.restored.TakenAt), fromMillis(r.restored.RestoredAt)
-	if to.IsZero() || shown.NotBefore.Before(from.Add(-leeway)) || shown.NotBefore.After(to) || !shown.NotAfter.After(a.Ends()) {
+	if to.IsZero() || a.AttestedAt.After(to) || shown.NotBefore.Before(from.Add(-leeway)) || shown.NotBefore.After(to) || !shown.NotAfter.After(a.Ends()) {
 		return notActive()
 	}
 	return r.CheckKey(a.ID, shown.KeyHash)

@@ -96,12 +96,16 @@ func (r *Registry) voidTokens(ctx context.Context) (int, error) {
 	return len(writes), nil
 }
 
-// again repeats an act and says whether it changed anything. An agent that the
-// store does not know has nothing to lose.
+// again repeats an act and says whether it changed anything. A ban counts for an
+// agent that the store does not know, too: it might attest anew by itself.
 func (r *Registry) again(ctx context.Context, act Act) (bool, error) {
 	a, _, err := r.storedAgent(ctx, act.Agent)
 	if errors.Is(err, fault.NotFound) {
-		return false, nil
+		attestor, named := r.attestorOf(act.Agent)
+		if act.Evict || !named {
+			return false, nil
+		}
+		a, err = Agent{ID: act.Agent, Attestor: attestor, AttestedAt: wall(time.Now())}, nil
 	}
 	if err != nil {
 		return false, err
@@ -120,6 +124,13 @@ func (r *Registry) again(ctx context.Context, act Act) (bool, error) {
 		return false, fmt.Errorf("repeat an act on agent %s: %w", act.Agent, err)
 	}
 	return true, nil
+}
+
+// attestorOf is the attestor that an agent's ID names.
+func (r *Registry) attestorOf(id spiffeid.ID) (string, bool) {
+	rest, ok := strings.CutPrefix(id.Path(), r.reservedPrefix+"agent/")
+	attestor, _, named := strings.Cut(rest, "/")
+	return attestor, ok && named && id.MemberOf(r.trustDomain)
 }
 
 func (r *Registry) bans(ctx context.Context) (banned []string, err error) {

@@ -52,11 +52,15 @@ func TestARestoreVoidsTokensAndRepeatsBans(t *testing.T) {
 	}
 	create(t, s.Registry, web("/web", kept))
 	epoch := s.Epoch()
+	// Those that the backup does not know: evicted again, and one that could
+	// attest by itself.
+	unknown := id("/assay/agent/x509pop/0123")
 	s, done := s.restored(t, time.Now(), registry.Act{Agent: banned}, registry.Act{Agent: evicted, Evict: true},
-		registry.Act{Agent: node(9)}, registry.Act{Agent: node(9), Evict: true}, registry.Act{Agent: before})
-	bans := []string{banned.String(), before.String()}
+		registry.Act{Agent: node(9)}, registry.Act{Agent: node(9), Evict: true}, registry.Act{Agent: before}, registry.Act{Agent: unknown},
+		registry.Act{Agent: id("/workload")}, registry.Act{Agent: node(8), Evict: true})
+	bans := []string{banned.String(), before.String(), unknown.String()}
 	slices.Sort(bans)
-	if done.Tokens != 254 || fmt.Sprint(done.Banned) != fmt.Sprint([]spiffeid.ID{banned}) || fmt.Sprint(done.Evicted) != fmt.Sprint([]spiffeid.ID{evicted}) || !slices.Equal(done.Bans, bans) {
+	if done.Tokens != 254 || fmt.Sprint(done.Banned) != fmt.Sprint([]spiffeid.ID{banned, node(9), unknown}) || fmt.Sprint(done.Evicted) != fmt.Sprint([]spiffeid.ID{evicted, node(9)}) || !slices.Equal(done.Bans, bans) {
 		t.Errorf("done %+v", done)
 	}
 	if s.Epoch() == epoch {
@@ -70,6 +74,7 @@ func TestARestoreVoidsTokensAndRepeatsBans(t *testing.T) {
 	wantFault(t, s.CheckAgent(before, registry.Shown{Serial: "01"}), fault.Denied, "agent_banned")
 	wantFault(t, s.CheckAgent(evicted, registry.Shown{Serial: "01"}), fault.Denied, "agent_unknown")
 	wantFault(t, s.CheckAgent(node(9), registry.Shown{Serial: "01"}), fault.Denied, "agent_unknown")
+	wantFault(t, s.RecordAttested(t.Context(), unknown, "x509pop", nil, key(6), ""), fault.Denied, "agent_banned")
 	if s.CountEntries(registry.EntryFilter{}) != 1 {
 		t.Error("the entry is gone")
 	}
@@ -156,6 +161,27 @@ func TestARestoredRegistryAdoptsTheNewestCertificate(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantFault(t, s.CheckAgent(agent, newest), fault.Denied, "agent_banned")
+		if err := s.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// An agent that has attested since the restore is never taken back to what was
+// signed before it, also not while its new certificate is being made.
+func TestAnAgentThatAttestedSinceTheRestoreAdoptsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, t.TempDir())
+		takenAt := time.Now()
+		<-time.After(time.Hour)
+		lost := unrecorded("02", key(2), time.Now())
+		s, _ = s.restored(t, takenAt)
+		<-time.After(time.Minute)
+		agent := id("/assay/agent/x509pop/0123")
+		if err := s.RecordAttested(t.Context(), agent, "x509pop", nil, key(1), ""); err != nil {
+			t.Fatal(err)
+		}
+		wantFault(t, s.CheckAgent(agent, lost), fault.Denied, "agent_svid_not_active")
 		if err := s.stop(); err != nil {
 			t.Fatal(err)
 		}

@@ -206,8 +206,12 @@ func (b *Bolt) view(ctx context.Context, f func(*bbolt.Tx) error) error {
 	if err != nil {
 		return err
 	}
+	release = sync.OnceFunc(release)
 	defer release()
-	return b.read(f)
+	return b.read(func(tx *bbolt.Tx) error {
+		release() // what tx shows is durable now: f may take its time
+		return f(tx)
+	})
 }
 
 func (b *Bolt) read(f func(*bbolt.Tx) error) error {

@@ -80,6 +80,7 @@ func TestASnapshotIsOfOneMoment(t *testing.T) {
 func TestASnapshotWaitsForWhatIsNotDurable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := openStore(t, t.TempDir())
+		set(t, b, "a", strings.Repeat("x", 500_000)) // room that is free: a file that has to grow waits for its readers
 		set(t, b, "a", "old")
 		update, synced := b.update, make(chan error)
 		b.update = func(f func(*bbolt.Tx) error) error { return errors.Join(update(f), <-synced) }
@@ -104,6 +105,41 @@ func TestASnapshotWaitsForWhatIsNotDurable(t *testing.T) {
 		}
 		if all := <-shown; string(all[0].Value) != "new" {
 			t.Errorf("shows %q", all[0].Value)
+		}
+
+		// Having waited, it keeps nobody from committing while it is read.
+		go func() {
+			_, err := b.Commit(t.Context(), nil, []Write{{Key: "b", Value: []byte("1")}})
+			done <- err
+		}()
+		synctest.Wait()
+		goOn := make(chan struct{})
+		read := make(chan error, 1)
+		go func() {
+			read <- b.Snapshot(t.Context(), func(Moment) error { <-goOn; return nil }, func(Record) error { return nil })
+		}()
+		synctest.Wait()
+		synced <- nil
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // the snapshot is under way
+		go func() {
+			_, err := b.Commit(t.Context(), nil, []Write{{Key: "c", Value: []byte("1")}})
+			done <- err
+		}()
+		synctest.Wait()
+		select {
+		case synced <- nil:
+		default:
+			t.Fatal("the commit waits for the reader")
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		close(goOn)
+		if err := <-read; err != nil {
+			t.Fatal(err)
 		}
 	})
 }

@@ -14,6 +14,13 @@ import (
 	"github.com/seed-caa81108/assay/test/harness"
 )
 
+const quickTTL = `ca:
+  x509_svid_ttl: 20s
+  max_x509_svid_ttl: 20s
+attestation:
+  agent_svid_ttl: 30s
+`
+
 // planned and emergency are how a rotation is ordered. An emergency is over
 // sooner, and only it taints.
 var (

@@ -22,13 +22,6 @@ attestation:
   agent_svid_ttl: 2m
 `
 
-const quickTTL = `ca:
-  x509_svid_ttl: 20s
-  max_x509_svid_ttl: 20s
-attestation:
-  agent_svid_ttl: 30s
-`
-
 // fleet is some agents with a workload on each, and handshakes without pause
 // from each workload to the next.
 type fleet struct {

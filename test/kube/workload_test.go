@@ -83,7 +83,6 @@ func newCgroups(t testing.TB) *cgroups {
 	c.root = "/" + filepath.Base(first)
 	t.Cleanup(func() {
 		for _, mount := range c.mounts {
-			_ = filepath.WalkDir(filepath.Join(mount, c.root), func(string, os.DirEntry, error) error { return nil })
 			removeTree(filepath.Join(mount, c.root))
 		}
 	})
