@@ -219,6 +219,17 @@ func TestTokensThatMakeNoAgent(t *testing.T) {
 	if site.CLIJSON(&agents, "agent", "list"); len(agents.Agents) != 1 {
 		t.Errorf("there are %d agents", len(agents.Agents))
 	}
+	// NEG-18: neither a token that was taken nor one that was refused.
+	backup := site.File("one.backup")
+	site.CLI("backup", backup)
+	site.Server.Stop(15)
+	for _, path := range []string{site.Audit(), site.File("server.log"), site.File("server/data/store.db"), backup} {
+		for _, secret := range []string{token, goneToken, s.AdminToken} {
+			if strings.Contains(readFile(t, path), secret) {
+				t.Errorf("%s has a token", path)
+			}
+		}
+	}
 }
 
 func readFile(t *testing.T, path string) string {

@@ -59,6 +59,9 @@ func TestAPodHasItsIdentity(t *testing.T) {
 	// The end of the pod is the end of its streams.
 	s.Delete(pod)
 	w.await("denied PermissionDenied")
+	if log := a.Log(); strings.Contains(log, readFile(t, a.TokenFile)) { // NEG-18
+		t.Error("the agent's log has its token")
+	}
 }
 
 // While the API server gives no answer, pods keep what they have, also over a
