@@ -129,7 +129,12 @@ func (s *Server) serve(ctx context.Context, r *rooms) error {
 			return fmt.Errorf("run %s: %w", room.name, err)
 		})
 	}
-	g.Go(func() error { return r.clusters.Run(below, s.deps.Log) })
+	g.Go(func() error {
+		return r.clusters.Run(below, func() ([]byte, <-chan struct{}) {
+			bundle := r.authority.Bundle()
+			return bundle.PEM(), bundle.Replaced()
+		}, s.deps.Log)
+	})
 	g.Go(func() error {
 		select {
 		case <-r.store.Failed():

@@ -32,7 +32,7 @@ var rooms = map[string][]string{
 	"server/attest":   {"server/kube", "proto/agent/v1", "pkg/fault", "pkg/name", "pkg/selector"},
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},
-	"server/kube":     {"pkg/fault", "pkg/selector"},
+	"server/kube":     {"pkg/fault", "pkg/schedule", "pkg/selector"},
 	"server/keys":     {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/store":    {"pkg/durable", "pkg/fault"},

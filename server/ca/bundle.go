@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/pem"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -71,6 +72,15 @@ func (b *Bundle) Pool() *x509.CertPool {
 		pool.AddCert(root.Certificate)
 	}
 	return pool
+}
+
+// PEM returns the bundle's roots as PEM, one after the other.
+func (b *Bundle) PEM() []byte {
+	var out []byte
+	for _, root := range b.Roots {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Certificate.Raw})...)
+	}
+	return out
 }
 
 // Replaced returns a channel that is closed when a newer bundle is current.

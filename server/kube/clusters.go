@@ -26,6 +26,8 @@ type cluster struct {
 	cfg   ClusterConfig
 	api   *api
 	index *index
+	// publisher of the trust bundle; nil: it is published nowhere there.
+	publisher *publisher
 }
 
 // Open prepares all clusters; none is asked anything yet. version is the
@@ -45,7 +47,11 @@ func Open(cfg Config, td spiffeid.TrustDomain, reserved, version string) (*Clust
 		if err != nil {
 			return nil, err
 		}
-		all.byName[name] = &cluster{name: name, cfg: c, api: api, index: newIndex(name)}
+		cl := &cluster{name: name, cfg: c, api: api, index: newIndex(name)}
+		if c.BundleConfigMap != "" {
+			cl.publisher = newPublisher(name, c.BundleConfigMap, api)
+		}
+		all.byName[name] = cl
 	}
 	return all, nil
 }

@@ -52,6 +52,12 @@ type ClusterConfig struct {
 	// NodeLabels are the keys of those labels of a node that become selectors of
 	// its agent. Whoever may label nodes decides them. Default none.
 	NodeLabels []string `yaml:"node_labels"`
+	// BundleConfigMap is a ConfigMap of the cluster, as namespace/name, whose key
+	// bundle.crt the server keeps equal to the trust bundle: agents mount it as
+	// their trust_bundle. The server needs the right to get and update it, and
+	// to create it where it is not there. Whoever may write it can pass for the
+	// server to agents that have never joined. Default none.
+	BundleConfigMap string `yaml:"bundle_config_map"`
 }
 
 const (
@@ -119,6 +125,9 @@ func (c Config) Check(td spiffeid.TrustDomain, reserved string) error {
 			if !label.MatchString(namespace) || !subdomain.MatchString(sa) {
 				return bad("%s.agent_service_accounts has an item that is not namespace/name: write it as assay/assay-agent", key)
 			}
+		}
+		if namespace, name, _ := strings.Cut(cluster.BundleConfigMap, "/"); cluster.BundleConfigMap != "" && (!label.MatchString(namespace) || !subdomain.MatchString(name)) {
+			return bad("%s.bundle_config_map is not namespace/name: write it as assay/assay-bundle", key)
 		}
 		if slices.ContainsFunc(cluster.NodeLabels, func(l string) bool { return l == "" || strings.ContainsAny(l, " :\t\n") }) {
 			return bad("%s.node_labels has an item that is no label's key: write them as topology.kubernetes.io/zone", key)

@@ -15,11 +15,15 @@ import (
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
-// Run keeps what is known of all clusters current until ctx ends.
-func (c *Clusters) Run(ctx context.Context, log *slog.Logger) error {
+// Run keeps what is known of all clusters current, and what they are told of
+// roots, until ctx ends.
+func (c *Clusters) Run(ctx context.Context, roots Roots, log *slog.Logger) error {
 	var all sync.WaitGroup
 	for _, cl := range c.byName {
 		all.Go(func() { cl.run(ctx, log) })
+		if cl.publisher != nil {
+			all.Go(func() { cl.publisher.run(ctx, roots, log) })
+		}
 	}
 	all.Wait()
 	return nil

@@ -10,6 +10,7 @@ import (
 type collector struct {
 	clusters             *Clusters
 	usable, nodes, known *prometheus.Desc
+	published            *prometheus.Desc
 }
 
 // Register adds the metrics of the clusters, if there are any.
@@ -23,12 +24,14 @@ func (c *Clusters) Register(reg prometheus.Registerer) error {
 			"1 while the server knows which pods run in the cluster; else it signs nothing for them.", []string{"cluster"}, nil),
 		nodes: prometheus.NewDesc("assay_kubernetes_nodes", "Nodes of the cluster, by its API server.", []string{"cluster"}, nil),
 		known: prometheus.NewDesc("assay_kubernetes_pods", "Pods of the cluster, by its API server, ended ones included.", []string{"cluster"}, nil),
+		published: prometheus.NewDesc("assay_kubernetes_bundle_published",
+			"1 while the cluster's ConfigMap has the current trust bundle, by the last look; no series without bundle_config_map.", []string{"cluster"}, nil),
 	})
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known} {
+	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known, c.published} {
 		ch <- d
 	}
 }
@@ -45,5 +48,12 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(c.usable, prometheus.GaugeValue, usable, name)
 		ch <- prometheus.MustNewConstMetric(c.nodes, prometheus.GaugeValue, float64(nodes), name)
 		ch <- prometheus.MustNewConstMetric(c.known, prometheus.GaugeValue, float64(pods), name)
+		if cl.publisher != nil {
+			published := 0.0
+			if cl.publisher.current.Load() {
+				published = 1
+			}
+			ch <- prometheus.MustNewConstMetric(c.published, prometheus.GaugeValue, published, name)
+		}
 	}
 }

@@ -21,7 +21,13 @@ var serverRules = []rbacv1.PolicyRule{
 // site is a server that knows the cluster, with exactly serverRules.
 func (s *Space) site(t testing.TB, more string) *harness.Site {
 	t.Helper()
-	s.Account("assay-server", serverRules...)
+	return s.siteWith(t, serverRules, more)
+}
+
+// siteWith is site with other rights.
+func (s *Space) siteWith(t testing.TB, rules []rbacv1.PolicyRule, more string) *harness.Site {
+	t.Helper()
+	s.Account("assay-server", rules...)
 	s.Account("assay-agent")
 	site := harness.NewSite(t, bins, fmt.Sprintf(`kubernetes:
   clusters:

@@ -46,7 +46,9 @@ clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}], users: [{name: 
 		t.Fatal(err)
 	}
 	s, err := server.New(server.Config{
-		Kubernetes:  kube.Config{Clusters: map[string]kube.ClusterConfig{"c": {Kubeconfig: nowhere, AgentServiceAccounts: []string{"assay/assay-agent"}}}},
+		Kubernetes: kube.Config{Clusters: map[string]kube.ClusterConfig{
+			"c": {Kubeconfig: nowhere, AgentServiceAccounts: []string{"assay/assay-agent"}, BundleConfigMap: "assay/assay-bundle"},
+		}},
 		TrustDomain: "example.org", Bootstrap: time.Now().UTC().Format(time.DateOnly), SealKeyFile: seal,
 		Listen: "127.0.0.1:0", DataDir: filepath.Join(dir, "server"),
 		Admin: server.AdminConfig{Socket: filepath.Join(dir, "run", "admin.sock")},
