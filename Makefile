@@ -10,7 +10,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build images images-check demo test test-kube check bench conformance generate generate-check released docs zlint alerts lint fmt long fuzz clean
+.PHONY: build images images-check demo test test-kube check bench conformance generate generate-check released manifests manifests-check docs zlint alerts lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -41,7 +41,7 @@ test: need-gcc ## unit tests with the race detector, then end to end through the
 	$(RACE) -tags 'e2e $(ROOT)' -count=1 ./test/e2e/...
 
 test-kube: need-gcc ## against a real Kubernetes API, built before the first run on a machine
-	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok
+	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok helm
 	$(RACE) -tags 'kube $(ROOT)' -count=1 ./test/kube/...
 
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
@@ -52,7 +52,7 @@ long: need-gcc need-strace ## the suites that take longer: endurance, kill point
 	@# the harness proves nothing.
 	$(if $(ROOT),$(RACE) -tags 'root nopidfd' -count=1 -run Reused ./agent/attest)
 
-check: generate-check lint zlint alerts ## everything that must hold before a commit
+check: generate-check manifests-check lint zlint alerts ## everything that must hold before a commit
 	$(GO) vet ./...
 	$(GO) vet -tags 'e2e kube long root' ./...
 	$(MAKE) test
@@ -95,6 +95,18 @@ alerts: $(TOOLS)/promtool ## the alert rules fire when they should, and the dash
 	$(GO) run ./test/dashboard deploy/grafana/assay.json >$(OUT)/dashboard.rules.yaml
 	$(TOOLS)/promtool check rules $(OUT)/dashboard.rules.yaml
 
+# For those without helm; the values are the example's.
+MANIFESTS := deploy/kubernetes/assay.yaml
+MANIFEST = { echo '\# Made from deploy/helm/assay by make manifests; docs/kubernetes.md says what to change in it.' && \
+	$(TOOLS)/helm template assay deploy/helm/assay --namespace assay -f deploy/helm/assay/ci/minimal.yaml | \
+	sed -e '/managed-by: Helm$$/d' -e '/helm.sh\/chart: /d' -e '/^\# Source: /d' -e '/^$$/d'; }
+manifests: $(TOOLS)/helm ## plain Kubernetes manifests from the chart
+	$(MANIFEST) >$(MANIFESTS)
+
+manifests-check: $(TOOLS)/helm
+	@mkdir -p $(OUT) && $(MANIFEST) >$(OUT)/manifests.yaml
+	@cmp $(OUT)/manifests.yaml $(MANIFESTS) || { echo '$(MANIFESTS) is stale: run make manifests' >&2; exit 1; }
+
 docs: ## docs/reference from the source; make test says when that is due
 	$(GO) test -count=1 -run Reference ./cmd/... ./test/reference -update
 
@@ -121,6 +133,10 @@ $(TOOLS)/zlint: test/tools/zlint/go.mod $(wildcard test/tools/zlint/*.go)
 	cd test/tools/zlint && $(GO) vet . && $(GO) build -o $(abspath $(TOOLS))/ .
 $(TOOLS)/image: test/tools/image/go.mod $(wildcard test/tools/image/*.go)
 	cd test/tools/image && $(GO) vet . && $(GO) test . && $(GO) build -o $(abspath $(TOOLS))/ .
+
+# Takes minutes as well: kept per machine, as for the tests that run it.
+$(TOOLS)/helm: test/tools/helm/go.mod
+	test/kube/tools.sh $(TOOLS) helm
 
 # Without the plugins that find targets in clouds, which take long to build and
 # check no rule.

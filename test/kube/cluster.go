@@ -74,6 +74,7 @@ func Start(tb harness.TB, bins string) *Cluster {
 		"--authorization-mode=Node,RBAC",
 		"--service-cluster-ip-range=10.250.0.0/24", "--endpoint-reconciler-type=none",
 		"--enable-admission-plugins=NodeRestriction",
+		"--allow-privileged", // as clusters have it; namespaces forbid it by their labels
 		// Nobody makes a default service account in each namespace.
 		"--disable-admission-plugins=ServiceAccount",
 	}

@@ -3,7 +3,7 @@
 # test/tools. That takes minutes, so it is done once per machine: they are kept in
 # the user's cache by their version and Go's, and linked into DIR.
 #
-# usage: test/kube/tools.sh DIR NAME...    NAME: etcd, kube-apiserver or kwok
+# usage: test/kube/tools.sh DIR NAME...    NAME: etcd, kube-apiserver, kwok or helm
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -46,6 +46,7 @@ for name; do
 	case $name in
 	etcd) provide etcd etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 ;;
 	kube-apiserver) provide kube-apiserver kube k8s.io/kubernetes k8s.io/kubernetes/cmd/kube-apiserver ;;
+	helm) provide helm helm helm.sh/helm/v4 helm.sh/helm/v4/cmd/helm ;;
 	kwok) provide kwok kwok sigs.k8s.io/kwok sigs.k8s.io/kwok/cmd/kwok ;;
 	*) echo "$0: there is no $name" >&2; exit 64 ;;
 	esac

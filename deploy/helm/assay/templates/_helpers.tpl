@@ -1,0 +1,72 @@
+{{- define "assay.labels" -}}
+app.kubernetes.io/name: assay
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/version: {{ .root.Values.image.tag | default .root.Chart.AppVersion | trunc 63 | quote }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{- define "assay.selector" -}}
+app.kubernetes.io/name: assay
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "assay.image" -}}
+{{- $repository := (get .root.Values .component).repository -}}
+{{- $tag := .root.Values.image.tag | default .root.Chart.AppVersion -}}
+{{- with .root.Values.image.registry }}{{ . }}/{{ end }}{{ $repository }}:{{ $tag }}
+{{- end }}
+
+{{/* What the chart sets wins over server.config and agent.config: mounts, probes
+and rights go by it. */}}
+{{- define "assay.server.config" -}}
+{{- $cluster := dict
+  "agent_service_accounts" (list (printf "%s/assay-agent" .Release.Namespace))
+  "audience" "assay-server"
+  "bundle_config_map" (printf "%s/assay-bundle" .Release.Namespace) }}
+{{- $own := dict
+  "trust_domain" .Values.trustDomain
+  "seal_key_file" "/etc/assay-server/seal/seal.key"
+  "listen" ":8443"
+  "admin" (dict "socket" "/var/lib/assay-server/run/admin.sock")
+  "metrics" (dict "listen" ":9402")
+  "data_dir" "/var/lib/assay-server/data"
+  "kubernetes" (dict "clusters" (dict .Values.cluster $cluster)) }}
+{{- with .Values.bootstrap }}{{ $_ := set $own "bootstrap" . }}{{ end }}
+{{- mustMergeOverwrite (deepCopy .Values.server.config) $own | toYaml }}
+{{- end }}
+
+{{- define "assay.agent.config" -}}
+{{- $own := dict
+  "trust_domain" .Values.trustDomain
+  "server" (dict "addresses" (list (printf "assay-server.%s.svc:8443" .Release.Namespace)))
+  "trust_bundle" "/etc/assay-agent/bundle/bundle.crt"
+  "k8s_psat" (dict "cluster" .Values.cluster "token_file" "/var/run/secrets/assay/token")
+  "attestation" (dict "require_host_pid" true)
+  "sockets" (dict "dir" .Values.agent.socketDir)
+  "metrics" (dict "listen" ":9403")
+  "data_dir" .Values.agent.dataDir
+  "run_dir" (printf "%s/cache" .Values.agent.runDir) }}
+{{- mustMergeOverwrite (deepCopy .Values.agent.config) $own | toYaml }}
+{{- end }}
+
+{{/* Where a pod runs. */}}
+{{- define "assay.placement" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

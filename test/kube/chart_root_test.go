@@ -1,0 +1,214 @@
+//go:build kube && root
+
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	authorizationclient "k8s.io/client-go/kubernetes/typed/authorization/v1"
+
+	"github.com/seed-caa81108/assay/test/harness"
+)
+
+// chart is the chart as it is installed in the space: what has rights and the
+// ConfigMap. No kubelet is here to run its pods.
+func (s *Space) chart(t testing.TB) []*unstructured.Unstructured {
+	t.Helper()
+	all := s.Render(chartDir+"/ci/minimal.yaml", "--set", "cluster=test")
+	for _, o := range all {
+		switch o.GetKind() {
+		case "ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding":
+		case "ConfigMap":
+			if o.GetName() != "assay-bundle" {
+				continue
+			}
+		default:
+			continue
+		}
+		if err := s.Apply(o, false); err != nil {
+			t.Fatalf("%s %s: %v", o.GetKind(), o.GetName(), err)
+		}
+	}
+	return all
+}
+
+// chartSite is a server with what the chart configures of Kubernetes, that
+// reaches the API server as one of the space's accounts.
+func (s *Space) chartSite(t testing.TB, all []*unstructured.Unstructured, account string) *harness.Site {
+	t.Helper()
+	var config map[string]any
+	if err := yaml.Unmarshal([]byte(text(t, find(t, all, "ConfigMap", "assay-server"), "data", "server.yaml")), &config); err != nil {
+		t.Fatal(err)
+	}
+	if err := unstructured.SetNestedField(config, s.Kubeconfig(s.Token(account, "", nil)), "kubernetes", "clusters", "test", "kubeconfig"); err != nil {
+		t.Fatal(err)
+	}
+	more, err := json.Marshal(config["kubernetes"]) // which is YAML
+	if err != nil {
+		t.Fatal(err)
+	}
+	return harness.NewSite(t, bins, "kubernetes: "+string(more)+"\n")
+}
+
+// With the chart's rights and no others the server publishes its bundle, an agent
+// attests by what the chart mounts for it, and a pod gets its SVID.
+func TestTheChartsRightsSuffice(t *testing.T) {
+	s, cg := cluster.NewSpace(t), newCgroups(t)
+	all := s.chart(t)
+	node := s.Node("a")
+	s.Account("web")
+	site := s.chartSite(t, all, "assay-server")
+	site.StartServer()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := poll(ctx, nil, func() error {
+		held, err := s.Core.ConfigMaps(s.Namespace).Get(ctx, "assay-bundle", metav1.GetOptions{})
+		if err == nil && held.Data["bundle.crt"] == "" {
+			err = fmt.Errorf("the ConfigMap has no bundle")
+		}
+		if err == nil {
+			site.Write("agent-"+node.Name+".bundle", held.Data["bundle.crt"])
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	a := s.agent(t, site, node, cg.root)
+	pod := s.Run(Pod{Name: "web-1", Node: node.Name, Account: "web"})
+	want := fmt.Sprintf("svid spiffe://example.org/ns/%s/sa/web ", s.Namespace)
+	if line := cg.start(pod, a.Endpoint()).await("svid"); !strings.HasPrefix(line, want) {
+		t.Errorf("got %q, want %q", line, want)
+	}
+}
+
+// right is one verb on one resource.
+type right struct{ group, resource, name, verb string }
+
+func (r right) rule() rbacv1.PolicyRule {
+	rule := rbacv1.PolicyRule{APIGroups: []string{r.group}, Resources: []string{r.resource}, Verbs: []string{r.verb}}
+	if r.name != "" {
+		rule.ResourceNames = []string{r.name}
+	}
+	return rule
+}
+
+// refused says whether a log tells that this right is missing: in the API server's
+// words, or in those that an agent hears.
+func (r right) refused(log string) bool {
+	for line := range strings.Lines(strings.ToLower(log)) {
+		if strings.Contains(line, "does not let the server "+r.verb+" "+r.resource) ||
+			strings.Contains(line, "cannot "+r.verb+" resource") && strings.Contains(line, r.resource) {
+			return true
+		}
+	}
+	return false
+}
+
+// rightsOf are the chart's, one by one.
+func rightsOf(t testing.TB, all []*unstructured.Unstructured) (rights []right) {
+	t.Helper()
+	for _, kind := range []string{"ClusterRole", "Role"} {
+		var role rbacv1.ClusterRole // a Role has the same rules
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(find(t, all, kind, "assay-server").Object, &role); err != nil {
+			t.Fatal(err)
+		}
+		for _, rule := range role.Rules {
+			names := rule.ResourceNames
+			if len(names) == 0 {
+				names = []string{""}
+			}
+			for _, resource := range rule.Resources {
+				for _, name := range names {
+					for _, verb := range rule.Verbs {
+						rights = append(rights, right{rule.APIGroups[0], resource, name, verb})
+					}
+				}
+			}
+		}
+	}
+	return rights
+}
+
+// None of the chart's rights is too many: without any one of them the API server
+// refuses something that the server asks for.
+func TestTheChartHasNoRightTooMany(t *testing.T) {
+	s := cluster.NewSpace(t)
+	all := s.chart(t)
+	rights := rightsOf(t, all)
+	if len(rights) != 9 {
+		t.Errorf("the chart has %d rights: %v", len(rights), rights)
+	}
+	for i, without := range rights {
+		t.Run(without.verb+" "+without.resource, func(t *testing.T) {
+			rest := slices.Delete(slices.Clone(rights), i, i+1)
+			account := fmt.Sprintf("server-%d", i)
+			var rules []rbacv1.PolicyRule
+			for _, r := range rest {
+				rules = append(rules, r.rule())
+			}
+			s.Account(account, rules...)
+			s.awaitRights(t, account, rest)
+
+			site := s.chartSite(t, all, account)
+			var env []string
+			if without.verb == "list" {
+				// An API server before 1.34 can't begin a watch with what is there, as
+				// this one can. So it is asked as those are.
+				env = []string{"KUBE_FEATURE_WatchListClient=false"}
+			}
+			site.StartServer(env...)
+			node := s.Node(fmt.Sprintf("n%d", i))
+			pod := s.Run(Pod{Name: "agent-" + node.Name, Node: node.Name, Account: "assay-agent"})
+			a := site.NewAgent("agent")
+			a.Cluster, a.TokenFile = "test", site.Write("agent.token", s.Token("assay-agent", audience, pod))
+			a.Launch(harness.Token{})
+			site.Server.Eventually(time.Minute, "the server is refused "+without.verb+" "+without.resource, func() error {
+				if !without.refused(readFile(t, site.File("server.log")) + a.Log()) {
+					return fmt.Errorf("not yet")
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// awaitRights waits until the API server goes by the roles of an account, so that
+// a refusal is not for rights that come in a moment.
+func (s *Space) awaitRights(t testing.TB, account string, rights []right) {
+	t.Helper()
+	client, err := authorizationclient.NewForConfig(s.Config(s.AdminToken))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for _, r := range rights {
+		review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+			User: "system:serviceaccount:" + s.Namespace + ":" + account,
+			ResourceAttributes: &authorizationv1.ResourceAttributes{
+				Namespace: s.Namespace, Group: r.group, Resource: r.resource, Name: r.name, Verb: r.verb,
+			},
+		}}
+		if err := poll(ctx, nil, func() error {
+			answer, err := client.SubjectAccessReviews().Create(ctx, review, metav1.CreateOptions{})
+			if err == nil && !answer.Status.Allowed {
+				err = fmt.Errorf("%v is not allowed", r)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

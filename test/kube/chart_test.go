@@ -1,0 +1,173 @@
+//go:build kube
+
+package kube
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/seed-caa81108/assay/test/harness"
+)
+
+// find is the object of that kind and name.
+func find(t testing.TB, all []*unstructured.Unstructured, kind, name string) *unstructured.Unstructured {
+	t.Helper()
+	i := slices.IndexFunc(all, func(o *unstructured.Unstructured) bool { return o.GetKind() == kind && o.GetName() == name })
+	if i < 0 {
+		t.Fatalf("there is no %s %s", kind, name)
+	}
+	return all[i]
+}
+
+// text is a field that is a string.
+func text(t testing.TB, o *unstructured.Unstructured, fields ...string) string {
+	t.Helper()
+	s, ok, err := unstructured.NestedString(o.Object, fields...)
+	if !ok || err != nil {
+		t.Fatalf("%s %s has no %s: %v", o.GetKind(), o.GetName(), strings.Join(fields, "."), err)
+	}
+	return s
+}
+
+// Every set of values is good for helm, for the API server, and for the programs
+// that read the configuration.
+func TestTheChartIsAccepted(t *testing.T) {
+	files, err := filepath.Glob(chartDir + "/ci/*.yaml")
+	if err != nil || len(files) < 4 {
+		t.Fatalf("%d files of values, %v", len(files), err)
+	}
+	s := cluster.NewSpace(t)
+	if _, err := s.Core.Namespaces().Patch(t.Context(), s.Namespace, types.MergePatchType,
+		[]byte(`{"metadata":{"labels":{"pod-security.kubernetes.io/enforce":"restricted"}}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".yaml"), func(t *testing.T) {
+			if stdout, stderr, err := helm(t, "lint", "--strict", chartDir, "-f", file); err != nil {
+				t.Errorf("helm lint: %v\n%s%s", err, stdout, stderr)
+			}
+			all := s.Render(file)
+			for _, o := range all {
+				if err := s.Apply(o, true); err != nil {
+					t.Errorf("%s %s: %v", o.GetKind(), o.GetName(), err)
+				}
+			}
+			site := harness.NewSite(t, bins, "")
+			for _, daemon := range []string{"server", "agent"} {
+				config := site.Write(daemon+".yaml", text(t, find(t, all, "ConfigMap", "assay-"+daemon), "data", daemon+".yaml"))
+				site.Run("assay-"+daemon, "validate", "--config", config)
+			}
+			if held := find(t, all, "ConfigMap", "assay-bundle"); held.Object["data"] != nil {
+				t.Error("the chart has data for the trust bundle: an upgrade would take the server's away")
+			}
+			// The server's pod is held to the strictest standard that Kubernetes has,
+			// except where a container of root's prepares the volume.
+			pod := podOf(t, find(t, all, "StatefulSet", "assay-server"))
+			err := s.Apply(pod, true)
+			if prepared := strings.Contains(fmt.Sprint(pod.Object), "initContainers"); prepared != (err != nil && strings.Contains(err.Error(), "PodSecurity")) {
+				t.Errorf("the server's pod by the standard restricted: %v", err)
+			}
+			if err := s.Apply(podOf(t, find(t, all, "DaemonSet", "assay-agent")), true); err == nil {
+				t.Error("the agent's pod passes the standard restricted: then the standard is not enforced here")
+			}
+		})
+	}
+}
+
+// podOf is a pod as a controller would make it. There is no controller here that
+// makes the claims of a StatefulSet, and no priorities of a cluster's own.
+func podOf(t testing.TB, o *unstructured.Unstructured) *unstructured.Unstructured {
+	t.Helper()
+	template, _, err := unstructured.NestedMap(o.Object, "spec", "template")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := &unstructured.Unstructured{Object: template}
+	pod.SetAPIVersion("v1")
+	pod.SetKind("Pod")
+	pod.SetName(o.GetName())
+	pod.SetNamespace(o.GetNamespace())
+	unstructured.RemoveNestedField(pod.Object, "spec", "priorityClassName")
+	if o.GetKind() == "StatefulSet" {
+		volumes, _, err := unstructured.NestedSlice(pod.Object, "spec", "volumes")
+		if err != nil {
+			t.Fatal(err)
+		}
+		volumes = append(volumes, map[string]any{"name": "data", "persistentVolumeClaim": map[string]any{"claimName": "data"}})
+		if err := unstructured.SetNestedSlice(pod.Object, volumes, "spec", "volumes"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return pod
+}
+
+// The manifests for those without helm are accepted as well. That they are the
+// chart's is checked by make manifests-check.
+func TestPlainManifestsAreAccepted(t *testing.T) {
+	s := cluster.NewSpace(t)
+	manifests, err := os.ReadFile("../../deploy/kubernetes/assay.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range decode(t, strings.ReplaceAll(string(manifests), "namespace: assay\n", "namespace: "+s.Namespace+"\n")) {
+		if err := s.Apply(o, true); err != nil {
+			t.Errorf("%s %s: %v", o.GetKind(), o.GetName(), err)
+		}
+	}
+}
+
+// What the chart can't honour is refused before anything is sent.
+func TestTheChartRefuses(t *testing.T) {
+	must := []string{"trustDomain=example.org", "bootstrap=2026-11-23", "server.sealKey.existingSecret=seal"}
+	template := func(sets ...string) (stdout, stderr string, err error) {
+		args := []string{"template", "assay", chartDir}
+		for _, set := range sets {
+			args = append(args, "--set", set)
+		}
+		return helm(t, args...)
+	}
+	if _, stderr, err := template(must...); err != nil {
+		t.Fatalf("%v\n%s", err, stderr)
+	}
+	for i, set := range must {
+		key, _, _ := strings.Cut(set, "=")
+		want := "'" + key[strings.LastIndex(key, ".")+1:] + "'"
+		stdout, stderr, err := template(slices.Delete(slices.Clone(must), i, i+1)...)
+		if err == nil || stdout != "" || !strings.Contains(stderr, "missing propert") || !strings.Contains(stderr, want) {
+			t.Errorf("without %s: %v\n%s", key, err, stderr)
+		}
+	}
+	for set, want := range map[string]string{
+		"trustDomain=":                     "at '/trustDomain'",
+		"trustDomain=spiffe://example.org": "at '/trustDomain'",
+		"trustDomain=Example.org":          "at '/trustDomain'",
+		"bootstrap=today":                  "at '/bootstrap'",
+		"bootstrap=20261123":               "at '/bootstrap': got number, want string",
+		"server.sealKey.existingSecret=":   "at '/server/sealKey/existingSecret'",
+		"trust_domain=example.org":         "additional properties 'trust_domain' not allowed",
+		"server.replicas=3":                "additional properties 'replicas' not allowed",
+		"agent.hostPath=/x":                "additional properties 'hostPath' not allowed",
+		"agent.privileged=perhaps":         "at '/agent/privileged': got string, want boolean",
+		"agent.socketDir=run":              "at '/agent/socketDir'",
+		"agent.maxUnavailable=0":           "at '/agent/maxUnavailable'",
+		"agent.tolerations=all":            "at '/agent/tolerations': got string, want array",
+		"networkPolicy.enabled=1":          "at '/networkPolicy/enabled': got number, want boolean",
+		"server.service.type=ExternalName": "at '/server/service/type'",
+		"server.storage.size=much":         "at '/server/storage/size'",
+		"server.config=x":                  "at '/server/config': got string, want object",
+		"cluster=a/b":                      "at '/cluster'",
+	} {
+		stdout, stderr, err := template(append(slices.Clone(must), set)...)
+		if err == nil || stdout != "" || !strings.Contains(stderr, want) {
+			t.Errorf("%s: %v\n%s", set, err, stderr)
+		}
+	}
+}
