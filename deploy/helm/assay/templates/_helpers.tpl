@@ -44,12 +44,13 @@ and rights go by it. */}}
   "server" (dict "addresses" (list (printf "assay-server.%s.svc:8443" .Release.Namespace)))
   "trust_bundle" "/etc/assay-agent/bundle/bundle.crt"
   "k8s_psat" (dict "cluster" .Values.cluster "token_file" "/var/run/secrets/assay/token")
-  "attestation" (dict "require_host_pid" true)
   "sockets" (dict "dir" .Values.agent.socketDir)
   "metrics" (dict "listen" ":9403")
   "data_dir" .Values.agent.dataDir
   "run_dir" (printf "%s/cache" .Values.agent.runDir) }}
-{{- mustMergeOverwrite (deepCopy .Values.agent.config) $own | toYaml }}
+{{- /* This one can be set otherwise: a node that is a container itself has no host. */}}
+{{- $default := dict "attestation" (dict "require_host_pid" true) }}
+{{- mustMergeOverwrite $default (deepCopy .Values.agent.config) $own | toYaml }}
 {{- end }}
 
 {{/* Where a pod runs. */}}
