@@ -46,6 +46,7 @@ func helm(t testing.TB, args ...string) (stdout, stderr string, err error) {
 	cmd := exec.CommandContext(t.Context(), program, args...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.Env = []string{"HOME=" + t.TempDir()} // whatever this user has of helm's
 	err = cmd.Run()
 	return out.String(), errs.String(), err
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
@@ -168,6 +169,44 @@ func TestTheChartRefuses(t *testing.T) {
 		stdout, stderr, err := template(append(slices.Clone(must), set)...)
 		if err == nil || stdout != "" || !strings.Contains(stderr, want) {
 			t.Errorf("%s: %v\n%s", set, err, stderr)
+		}
+	}
+}
+
+// An upgrade leaves the trust bundle that the server wrote, and what is removed
+// is what was installed.
+func TestAnUpgradeKeepsTheBundle(t *testing.T) {
+	s := cluster.NewSpace(t)
+	kubeconfig := s.Kubeconfig(s.AdminToken)
+	run := func(args ...string) {
+		t.Helper()
+		if stdout, stderr, err := helm(t, append(args, "--kubeconfig", kubeconfig, "--namespace", s.Namespace)...); err != nil {
+			t.Fatalf("helm %s: %v\n%s%s", args[0], err, stdout, stderr)
+		}
+	}
+	values := chartDir + "/ci/minimal.yaml"
+	run("install", "assay", chartDir, "-f", values)
+	held, err := s.Core.ConfigMaps(s.Namespace).Get(t.Context(), "assay-bundle", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	held.Data = map[string]string{"bundle.crt": "roots"}
+	if _, err := s.Core.ConfigMaps(s.Namespace).Update(t.Context(), held, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	run("upgrade", "assay", chartDir, "-f", values, "--set", "bootstrap=", "--set", "image.tag=v2")
+	held, err = s.Core.ConfigMaps(s.Namespace).Get(t.Context(), "assay-bundle", metav1.GetOptions{})
+	if err != nil || held.Data["bundle.crt"] != "roots" {
+		t.Errorf("after an upgrade: %v, %v", held.Data, err)
+	}
+	if got := held.Labels["app.kubernetes.io/version"]; got != "v2" {
+		t.Errorf("the upgrade left the version %q", got)
+	}
+	run("uninstall", "assay")
+	for _, o := range s.Render(values) {
+		err := s.Core.RESTClient().Get().AbsPath(s.path(o), o.GetName()).Do(t.Context()).Error()
+		if !apierrors.IsNotFound(err) {
+			t.Errorf("%s %s is left: %v", o.GetKind(), o.GetName(), err)
 		}
 	}
 }
