@@ -148,6 +148,10 @@ type LimitsConfig struct {
 	// SyncRate is how many sync streams per second one agent may open; it may
 	// save up ten seconds' worth. Default 2.
 	SyncRate int `yaml:"sync_streams_per_second_per_agent"`
+	// LiveKeys is for how many keys the agent of a Kubernetes node may have valid
+	// certificates of one identity at a time. It needs two, and one more each time
+	// that it loses what it held: its node was rebooted, say. Default 8.
+	LiveKeys int `yaml:"live_keys_per_identity"`
 	// OperatorRate is how many calls per second a remote operator may make; it
 	// may save up ten seconds' worth. Who comes by the admin socket is not
 	// limited. Default 100.

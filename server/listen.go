@@ -108,6 +108,7 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 		Rates: api.AgentRates{
 			Signatures: s.cfg.Limits.SignRate, Renewals: s.cfg.Limits.RenewRate, SyncStreams: s.cfg.Limits.SyncRate,
 		},
+		LiveKeys: s.cfg.Limits.LiveKeys, NotSigned: s.metrics.refused,
 	})
 }
 

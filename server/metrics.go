@@ -10,6 +10,7 @@ import (
 
 type metrics struct {
 	svidNotAfter prometheus.Gauge
+	refused      *prometheus.CounterVec
 	rpc          *rpc.Metrics
 }
 
@@ -19,9 +20,13 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "assay_server_svid_not_after_timestamp_seconds",
 			Help: "When the server's own X.509-SVID ends, in Unix time.",
 		}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "assay_x509_svid_refusals_total",
+			Help: "X.509-SVIDs for workloads that an agent asked for and was refused, by reason.",
+		}, []string{"reason"}),
 		rpc: rpc.NewMetrics(reg),
 	}
-	reg.MustRegister(m.svidNotAfter)
+	reg.MustRegister(m.svidNotAfter, m.refused)
 	return m
 }
 

@@ -38,6 +38,7 @@ const (
 	defaultAnonymous = 256
 	defaultAttest    = 50
 	defaultSign      = 2000
+	defaultLiveKeys  = 8
 	defaultRenew     = 1
 	defaultSync      = 2
 	defaultOperator  = 100
@@ -89,6 +90,7 @@ func (c Config) withDefaults() Config {
 	setNumber(&c.Limits.SignRate, defaultSign)
 	setNumber(&c.Limits.RenewRate, defaultRenew)
 	setNumber(&c.Limits.SyncRate, defaultSync)
+	setNumber(&c.Limits.LiveKeys, defaultLiveKeys)
 	setNumber(&c.Limits.OperatorRate, defaultOperator)
 	return c
 }
@@ -200,6 +202,7 @@ func (c Config) checkLimits() error {
 		{"signatures_per_second_per_agent", l.SignRate, defaultSign},
 		{"renewals_per_second_per_agent", l.RenewRate, defaultRenew},
 		{"sync_streams_per_second_per_agent", l.SyncRate, defaultSync},
+		{"live_keys_per_identity", l.LiveKeys, defaultLiveKeys},
 		{"calls_per_second_per_operator", l.OperatorRate, defaultOperator},
 	} {
 		if n.value < 1 || n.value > 1_000_000 {
@@ -209,6 +212,10 @@ func (c Config) checkLimits() error {
 	// An agent replaces its connection by making the new one first.
 	if l.AgentConnections < 2 {
 		return badConfig("limits.connections_per_agent is at least 2: set limits.connections_per_agent: %d", defaultPerAgent)
+	}
+	// One that serves, one that takes its place, one under another root.
+	if l.LiveKeys < 3 {
+		return badConfig("limits.live_keys_per_identity is at least 3: set limits.live_keys_per_identity: %d", defaultLiveKeys)
 	}
 	if c.Audit.MaxBytes < 0 || c.Audit.Keep < 0 {
 		return badConfig("audit.max_bytes and audit.keep can't be negative: leave them out for 100 MiB and 10 files")

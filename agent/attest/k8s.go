@@ -25,14 +25,16 @@ func (c K8SConfig) WithDefaults() K8SConfig {
 	return c
 }
 
-// Pods know what is true of the processes of a pod on this node.
+// Pods know the pods of this node.
 type Pods interface {
-	PodSelectors(ctx context.Context, uid string) (selector.Set, error)
+	// AwaitPod returns when the pod with this UID is known, or why it can't be
+	// told what it is.
+	AwaitPod(ctx context.Context, uid string) error
 }
 
-// K8S tells in which pod of Kubernetes a process is. The kernel says which, by
-// the process's cgroup; what that pod is, the server says, by its cluster's API
-// server.
+// K8S tells in which container of which pod of Kubernetes a process is. The
+// kernel says which, by the process's cgroup, and that stays. What the pod and
+// the container are, Pods say; that may change.
 type K8S struct {
 	root string
 	pods Pods
@@ -63,5 +65,11 @@ func (k *K8S) Selectors(ctx context.Context, p Process) (selector.Set, error) {
 	case owner == cgroup.Owner{}:
 		return host, nil
 	}
-	return k.pods.PodSelectors(ctx, owner.PodUID)
+	if err := k.pods.AwaitPod(ctx, owner.PodUID); err != nil {
+		return nil, err
+	}
+	return selector.NewSet(
+		selector.Selector{Type: "k8s", Value: "pod-uid:" + owner.PodUID},
+		selector.Selector{Type: "k8s", Value: "container-id:" + owner.ContainerID},
+	), nil
 }

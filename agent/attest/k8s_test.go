@@ -10,26 +10,23 @@ import (
 	"github.com/seed-caa81108/assay/pkg/selector"
 )
 
-// podList knows one pod.
-type podList struct {
-	uid string
-	set selector.Set
-}
+// onePod knows the pod with this UID.
+type onePod string
 
-func (p podList) PodSelectors(_ context.Context, uid string) (selector.Set, error) {
-	if uid != p.uid {
-		return nil, fault.New(fault.NotReady, "pod_unknown", "no")
+func (p onePod) AwaitPod(_ context.Context, uid string) error {
+	if uid != string(p) {
+		return fault.New(fault.NotReady, "pod_unknown", "no")
 	}
-	return p.set, nil
+	return nil
 }
 
-// NEG-40: a process has the selectors of the pod whose cgroup it is in, or those
-// of a process in none; one that can't be told apart has none at all.
+// NEG-40: a process is told to be in the container and pod whose cgroup it is in,
+// or in none; one that can't be told apart has none at all.
 func TestK8SSelectorsAreThoseOfThePod(t *testing.T) {
 	const uid = "7d1f9b3c-2a64-4e0f-9c55-0b8a4e6d21f0"
 	container := strings.Repeat("0a", 32)
-	want := selector.NewSet(selector.Selector{Type: "k8s", Value: "ns:shop"}, selector.Selector{Type: "k8s", Value: "pod-uid:" + uid})
-	k, err := NewK8S(K8SConfig{}.WithDefaults(), podList{uid, want})
+	want := selector.NewSet(selector.Selector{Type: "k8s", Value: "container-id:" + container}, selector.Selector{Type: "k8s", Value: "pod-uid:" + uid})
+	k, err := NewK8S(K8SConfig{}.WithDefaults(), onePod(uid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +50,7 @@ func TestK8SSelectorsAreThoseOfThePod(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, set, err)
 		}
 	}
-	if _, err := NewK8S(K8SConfig{CgroupRoot: "kubelet"}, podList{}); fault.ReasonOf(err) != "config_invalid" {
+	if _, err := NewK8S(K8SConfig{CgroupRoot: "kubelet"}, onePod("")); fault.ReasonOf(err) != "config_invalid" {
 		t.Error(err)
 	}
 

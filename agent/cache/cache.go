@@ -90,6 +90,8 @@ type Cache struct {
 	// parked are entries for pods of which none is here: nothing is signed for
 	// them.
 	parked map[*entry]struct{}
+	// ofContainers are entries that go by what a container is.
+	ofContainers map[*entry]struct{}
 	// Who is served.
 	groups        map[string]*group
 	groupsBy      map[selector.Selector]map[*group]struct{}
@@ -129,7 +131,7 @@ func New(o Options) (*Cache, error) {
 		state: o.State, servers: o.Connector, clock: o.Clock, log: o.Log,
 		wake: make(chan struct{}, 1), unsealed: make(chan struct{}, 1), accountCh: make(chan struct{}, 1), doubts: make(chan struct{}, 1),
 		entries: map[string]*entry{}, byKey: map[selector.Selector]map[*entry]struct{}{},
-		pods: map[string]*pod{}, podsChanged: make(chan struct{}), parked: map[*entry]struct{}{},
+		pods: map[string]*pod{}, podsChanged: make(chan struct{}), parked: map[*entry]struct{}{}, ofContainers: map[*entry]struct{}{},
 		groups: map[string]*group{}, groupsBy: map[selector.Selector]map[*group]struct{}{}, dirty: map[*group]struct{}{},
 		subscriptions: map[*Subscription]struct{}{}, hintsWarned: map[string]struct{}{},
 		ready: queue{less: byUrgency}, timed: queue{less: byTime}, wait: schedule.Backoff{Max: 10 * time.Second},

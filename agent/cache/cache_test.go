@@ -566,3 +566,31 @@ func TestSnapshotsAreSharedByEqualSelectors(t *testing.T) {
 		}
 	})
 }
+
+// A certificate that was lost on its way is asked for again with the same key: it
+// may count at the server. A renewal has a key of its own.
+func TestWhatWasLostIsAskedForWithTheSameKey(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "e", "unix:uid:1"))
+		f.with(func() { f.broken = fault.New(fault.NotReady, "x", "x") })
+		a.start()
+		<-time.After(time.Minute)
+		lost := f.keysAsked()
+		f.with(func() { f.broken = nil })
+		<-time.After(time.Minute)
+		after := f.keysAsked()
+		if len(lost) < 3 || len(after) != len(lost)+1 || len(distinct(after)) != 1 {
+			t.Errorf("asked for %d keys, %d times in vain and %d in all", len(distinct(after)), len(lost), len(after))
+		}
+		<-time.After(time.Hour)
+		if renewed := f.keysAsked(); len(renewed) < len(after)+1 || len(distinct(renewed)) != 1+len(renewed)-len(after) {
+			t.Errorf("%d renewals have %d keys", len(renewed)-len(after), len(distinct(renewed)))
+		}
+	})
+}
+
+func distinct(list []string) []string {
+	list = slices.Clone(list)
+	slices.Sort(list)
+	return slices.Compact(list)
+}

@@ -29,14 +29,12 @@ var (
 	csrAlgorithm = []byte{0x30, 10, 0x06, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02}
 )
 
-// newRequest makes a P-256 key and a CSR of it.
-func newRequest() (*ecdsa.PrivateKey, []byte, error) {
+func newKey() (*ecdsa.PrivateKey, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make key: %w", err)
+		return nil, fmt.Errorf("make key: %w", err)
 	}
-	csr, err := csrFor(key)
-	return key, csr, err
+	return key, nil
 }
 
 func csrFor(key *ecdsa.PrivateKey) ([]byte, error) {

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bytes"
+	"crypto/ecdsa"
 	"slices"
 	"strings"
 	"time"
@@ -48,6 +49,10 @@ type entry struct {
 	attempted bool
 	failures  int
 	wait      schedule.Backoff
+	// asked is a key whose certificate was asked for, and did not come. The next
+	// attempt is for the same key: a certificate that was lost on its way counts
+	// at the server.
+	asked *ecdsa.PrivateKey
 	// generation changes when a signature that is under way becomes useless.
 	generation uint64
 	signing    bool
@@ -137,6 +142,7 @@ func (c *Cache) upsert(f facts) {
 	c.touch(e)
 	if old.spiffeID != f.spiffeID || old.ttl != f.ttl || !slices.Equal(old.dns, f.dns) {
 		e.generation++
+		e.asked = nil
 		e.wait, e.failures = signBackoff, 0
 		c.enqueue(e)
 	} else if _, parked := c.parked[e]; parked {
@@ -166,6 +172,9 @@ func (c *Cache) link(e *entry) {
 		}
 	}
 	addTo(c.byKey, e.key, e)
+	if slices.ContainsFunc(e.selectors, isOfContainer) {
+		c.ofContainers[e] = struct{}{}
+	}
 	rarest := e.selectors[0]
 	for _, s := range e.selectors[1:] {
 		if len(c.groupsBy[s]) < len(c.groupsBy[rarest]) {
@@ -181,6 +190,7 @@ func (c *Cache) link(e *entry) {
 
 func (c *Cache) unlink(e *entry) {
 	removeFrom(c.byKey, e.key, e)
+	delete(c.ofContainers, e)
 	for g := range e.groups {
 		g.entries = slices.DeleteFunc(g.entries, func(x *entry) bool { return x == e })
 		c.dirty[g] = struct{}{}

@@ -106,6 +106,7 @@ type fake struct {
 	sequence uint64
 	bundled  []*authority
 	streams  map[*fakeStream]struct{}
+	asked    []string                // keys, one for each item of each call
 	pods     map[string]*agentv1.Pod // nil: the node is none of Kubernetes
 	verdict  error                   // ends and refuses streams
 	ttl      time.Duration
@@ -364,11 +365,20 @@ func (f *fake) Sync(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1
 	}
 }
 
+func (f *fake) keysAsked() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.asked)
+}
+
 func (f *fake) SignX509(ctx context.Context, req *agentv1.SignX509Request) (*agentv1.SignX509Response, error) {
 	f.mu.Lock()
 	var batch []string
 	for _, item := range req.GetItems() {
 		batch = append(batch, item.GetEntryId())
+		if csr, err := x509.ParseCertificateRequest(item.GetCsr()); err == nil {
+			f.asked = append(f.asked, hex.EncodeToString(csr.RawSubjectPublicKeyInfo))
+		}
 	}
 	f.signed = append(f.signed, batch...)
 	f.batches = append(f.batches, batch)

@@ -1,8 +1,10 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,12 +26,29 @@ const (
 // pod is what the server says about one.
 type pod struct {
 	selectors selector.Set
-	wire      []byte // for the sealed file, without the identity
+	// containers has those that are known to run in it, by ID: what is true of
+	// their processes, the pod's selectors included.
+	containers map[string]selector.Set
+	wire       []byte // for the sealed file, without the identity
 }
 
-// PodSelectors returns what the server says of every process in the pod with
-// this UID. If it does not list that pod, it waits a moment for it.
-func (c *Cache) PodSelectors(ctx context.Context, uid string) (selector.Set, error) {
+// has says whether something to which all of these selectors apply can run in
+// the pod.
+func (p *pod) has(wanted selector.Set) bool {
+	if p.selectors.Contains(wanted) {
+		return true
+	}
+	for _, set := range p.containers {
+		if set.Contains(wanted) {
+			return true
+		}
+	}
+	return false
+}
+
+// AwaitPod returns when the server lists the pod with this UID on this node. It
+// waits a moment for that.
+func (c *Cache) AwaitPod(ctx context.Context, uid string) error {
 	timer := time.NewTimer(podWait)
 	defer timer.Stop()
 	for {
@@ -37,14 +56,14 @@ func (c *Cache) PodSelectors(ctx context.Context, uid string) (selector.Set, err
 		p, changed := c.pods[uid], c.podsChanged
 		c.mu.Unlock()
 		if p != nil {
-			return p.selectors, nil
+			return nil
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, errPodUnknown()
+			return errPodUnknown()
 		case <-timer.C:
-			return nil, errPodUnknown()
+			return errPodUnknown()
 		}
 	}
 }
@@ -62,21 +81,22 @@ func (c *Cache) parsePod(from *agentv1.Pod) (*pod, *facts, error) {
 	if from.GetUid() == "" {
 		return invalid("no UID")
 	}
-	list := make([]selector.Selector, len(from.GetSelectors()))
-	for i, s := range from.GetSelectors() {
-		list[i] = selector.Selector{Type: s.GetType(), Value: s.GetValue()}
-		if err := list[i].Check(); err != nil || list[i].Type != "k8s" {
-			return invalid("a selector that is none of pods")
-		}
-	}
 	own := selector.NewSet(podSelector(from.GetUid()))
-	p := &pod{selectors: selector.NewSet(list...)}
-	if !p.selectors.Contains(own) {
-		return invalid("its selectors are of another pod")
+	p := &pod{containers: make(map[string]selector.Set, len(from.GetContainers()))}
+	var ok bool
+	if p.selectors, ok = podSelectors(from.GetSelectors()); !ok || !p.selectors.Contains(own) {
+		return invalid("its selectors are none of a pod, or of another")
 	}
-	bare := &agentv1.Pod{Uid: from.GetUid(), Selectors: from.GetSelectors()}
+	for _, container := range from.GetContainers() {
+		set, ok := podSelectors(container.GetSelectors())
+		if !ok {
+			return invalid("selectors of a container are none")
+		}
+		p.containers[container.GetId()] = union(p.selectors, set)
+	}
+	bare := &agentv1.Pod{Uid: from.GetUid(), Selectors: from.GetSelectors(), Containers: from.GetContainers()}
 	var err error
-	if p.wire, err = proto.Marshal(bare); err != nil {
+	if p.wire, err = (proto.MarshalOptions{Deterministic: true}).Marshal(bare); err != nil {
 		return invalid("it can't be encoded")
 	}
 	if from.GetIdentity() == nil {
@@ -91,6 +111,20 @@ func (c *Cache) parsePod(from *agentv1.Pod) (*pod, *facts, error) {
 	}
 	return p, &f, nil
 }
+
+// podSelectors are selectors of pods from the server, unless one is not.
+func podSelectors(from []*agentv1.Selector) (selector.Set, bool) {
+	list := make([]selector.Selector, len(from))
+	for i, s := range from {
+		list[i] = selector.Selector{Type: s.GetType(), Value: s.GetValue()}
+		if err := list[i].Check(); err != nil || list[i].Type != "k8s" {
+			return nil, false
+		}
+	}
+	return selector.NewSet(list...), true
+}
+
+func union(a, b selector.Set) selector.Set { return selector.NewSet(slices.Concat(a, b)...) }
 
 // changePods takes in what became of the pods of this node.
 func (c *Cache) changePods(ctx context.Context, chunks []*agentv1.SyncResponse) {
@@ -131,11 +165,13 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 		c.dropPod(from.GetUid())
 		return
 	}
-	if was := c.pods[from.GetUid()]; was == nil || was.selectors.Key() != p.selectors.Key() {
+	if was := c.pods[from.GetUid()]; was == nil || !bytes.Equal(was.wire, p.wire) {
 		c.pods[from.GetUid()] = p
-		c.touchPod(from.GetUid())
+		for g := range c.groupsBy[podSelector(from.GetUid())] {
+			c.rejudge(g)
+		}
 		for e := range c.parked {
-			if p.selectors.Contains(e.ofPods) {
+			if p.has(e.ofPods) {
 				c.enqueue(e)
 			}
 		}
@@ -147,18 +183,15 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 	}
 }
 
+// dropPod forgets a pod. Its processes get nothing any more, whatever else is
+// true of them.
 func (c *Cache) dropPod(uid string) {
 	delete(c.pods, uid)
-	c.touchPod(uid)
-	if e := c.entries[podPrefix+uid]; e != nil {
-		c.removeEntry(e)
-	}
-}
-
-// touchPod has those who are served as processes of a pod looked at again.
-func (c *Cache) touchPod(uid string) {
 	for g := range c.groupsBy[podSelector(uid)] {
 		c.dirty[g] = struct{}{}
+	}
+	if e := c.entries[podPrefix+uid]; e != nil {
+		c.removeEntry(e)
 	}
 }
 
@@ -169,7 +202,7 @@ func (c *Cache) runs(e *entry) bool {
 		return true
 	}
 	for _, p := range c.pods {
-		if p.selectors.Contains(e.ofPods) {
+		if p.has(e.ofPods) {
 			return true
 		}
 	}
@@ -186,20 +219,56 @@ func (c *Cache) park(e *entry) {
 	}
 }
 
-const podUID = "pod-uid:"
+// What the attestor says of a process in a pod; the rest, the server says.
+const (
+	podUID      = "pod-uid:"
+	containerID = "container-id:"
+	// ofContainer begins the facts that a container has by itself.
+	ofContainer = "container-"
+)
 
 func podSelector(uid string) selector.Selector {
 	return selector.Selector{Type: "k8s", Value: podUID + uid}
 }
 
-// podOf is the pod whose processes have these selectors.
-func podOf(set selector.Set) string {
-	for _, s := range set {
-		if uid, ok := strings.CutPrefix(s.Value, podUID); ok && s.Type == "k8s" {
-			return uid
+// valueOf returns the value of the one selector of a process that begins so, or
+// nothing.
+func valueOf(process selector.Set, begins string) string {
+	for _, s := range process {
+		if value, ok := strings.CutPrefix(s.Value, begins); ok && s.Type == "k8s" {
+			return value
 		}
 	}
 	return ""
+}
+
+// expand returns all that is true of the processes of a group, and whether
+// that is all: facts of the container come after it has begun.
+func (c *Cache) expand(g *group) (set selector.Set, complete bool) {
+	p := c.pods[g.pod]
+	if p == nil { // of no pod, or of one that is gone
+		return g.process, true
+	}
+	if container, ok := p.containers[g.container]; ok {
+		return union(g.process, container), true
+	}
+	return union(g.process, p.selectors), false
+}
+
+// needsContainer says whether an entry might be for a group when more is known of
+// its container.
+func (c *Cache) needsContainer(g *group) bool {
+	for e := range c.ofContainers {
+		rest := slices.DeleteFunc(slices.Clone(e.selectors), isOfContainer)
+		if g.set.Contains(rest) {
+			return true
+		}
+	}
+	return false
+}
+
+func isOfContainer(s selector.Selector) bool {
+	return s.Type == "k8s" && strings.HasPrefix(s.Value, ofContainer)
 }
 
 // ofPods are the selectors of pods among all.

@@ -25,8 +25,14 @@ func pod(uid, ns, sa string) *agentv1.Pod {
 	return p
 }
 
-func podSet(uid, ns, sa string) selector.Set {
-	return sel("unix:uid:1", "k8s:ns:"+ns, "k8s:sa:"+sa, "k8s:pod-uid:"+uid)
+// in is what the attestor says of a process of a pod, if need be of one
+// container of it.
+func in(uid string, container ...string) selector.Set {
+	list := sel("unix:uid:1", "k8s:pod-uid:"+uid)
+	for _, id := range container {
+		list = append(list, sel("k8s:container-id:"+id)...)
+	}
+	return selector.NewSet(list...)
 }
 
 // inCluster is inBubble on a node of Kubernetes.
@@ -49,13 +55,12 @@ func TestAPodIsServedForAsLongAsItIsThere(t *testing.T) {
 		if got := f.seen().signed; len(got) != 4 || slices.Contains(got, "other") {
 			t.Errorf("signed %v", got) // one for each pod, none for a namespace that is not here
 		}
-		set := must(a.cache.PodSelectors(t.Context(), "1"))
-		if !set.Contains(sel("k8s:ns:shop", "k8s:sa:web", "k8s:pod-uid:1")) {
-			t.Errorf("selectors %v", set)
-		}
-		one, two := a.cache.Subscribe(podSet("1", "shop", "web")), a.cache.Subscribe(podSet("2", "shop", "web"))
+		one, two := a.cache.Subscribe(in("1")), a.cache.Subscribe(in("2"))
 		defer one.Close()
 		defer two.Close()
+		if set := one.Selectors(); !set.Contains(sel("k8s:ns:shop", "k8s:sa:web", "k8s:pod-uid:1", "unix:uid:1")) {
+			t.Errorf("selectors %v", set)
+		}
 		wantPaths(t, one, "ns/shop/sa/web", "extra")
 		wantPaths(t, two, "ns/shop/sa/web", "extra")
 		first, second := must(one.Snapshot()), must(two.Snapshot())
@@ -70,7 +75,7 @@ func TestAPodIsServedForAsLongAsItIsThere(t *testing.T) {
 		// An entry whose pod comes later is signed then.
 		f.run(pod("3", "bank", "db"))
 		synctest.Wait()
-		three := a.cache.Subscribe(podSet("3", "bank", "db"))
+		three := a.cache.Subscribe(in("3"))
 		defer three.Close()
 		wantPaths(t, three, "ns/bank/sa/db", "other")
 		// Snapshots of entries leave pods alone, and the other way round.
@@ -105,7 +110,7 @@ func TestNothingIsHeldForPodsThatAreGone(t *testing.T) {
 		}
 		f.run(pod("2", "shop", "web"))
 		synctest.Wait()
-		s := a.cache.Subscribe(podSet("2", "shop", "web"))
+		s := a.cache.Subscribe(in("2"))
 		defer s.Close()
 		wantPaths(t, s, "ns/shop/sa/web", "extra")
 	})
@@ -116,37 +121,30 @@ func TestACallerWaitsForItsPod(t *testing.T) {
 	inCluster(t, func(t *testing.T, f *fake, a *agent) {
 		a.start()
 		synctest.Wait()
-		type answer struct {
-			set selector.Set
-			err error
-		}
-		got := make(chan answer, 1)
+		got := make(chan error, 1)
 		ask := func(ctx context.Context) {
-			go func() {
-				set, err := a.cache.PodSelectors(ctx, "1")
-				got <- answer{set, err}
-			}()
+			go func() { got <- a.cache.AwaitPod(ctx, "1") }()
 			synctest.Wait()
 		}
 		ask(t.Context())
 		began := time.Now()
-		if answer := <-got; fault.ReasonOf(answer.err) != "pod_unknown" || time.Since(began) != 5*time.Second {
-			t.Errorf("%v after %v", answer.err, time.Since(began))
+		if err := <-got; fault.ReasonOf(err) != "pod_unknown" || time.Since(began) != 5*time.Second {
+			t.Errorf("%v after %v", err, time.Since(began))
 		}
 		ask(t.Context())
 		f.run(pod("0", "shop", "web")) // another one
 		synctest.Wait()
 		f.run(pod("1", "shop", "web"))
-		if answer := <-got; answer.err != nil || len(answer.set) != 3 {
-			t.Errorf("%v, %v", answer.set, answer.err)
+		if err := <-got; err != nil {
+			t.Error(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		f.end("1")
 		synctest.Wait()
 		ask(ctx)
 		cancel()
-		if answer := <-got; fault.ReasonOf(answer.err) != "pod_unknown" {
-			t.Error(answer.err)
+		if err := <-got; fault.ReasonOf(err) != "pod_unknown" {
+			t.Error(err)
 		}
 	})
 }
@@ -175,7 +173,7 @@ func TestPodsThatCannotBeServedAreLeftOut(t *testing.T) {
 			f.mu.Unlock()
 		}
 		synctest.Wait()
-		good := a.cache.Subscribe(podSet("good", "shop", "web"))
+		good := a.cache.Subscribe(in("good"))
 		defer good.Close()
 		wantPaths(t, good, "ns/shop/sa/web", "e")
 		if st := a.cache.Status(); st.Entries != 2 {
@@ -199,8 +197,10 @@ func TestPodsAreKeptOverARestart(t *testing.T) {
 		f.judge(fault.New(fault.NotReady, "x", "x"))
 		a.restart()
 		synctest.Wait()
-		set := must(a.cache.PodSelectors(t.Context(), "1"))
-		s := a.cache.Subscribe(set)
+		if err := a.cache.AwaitPod(t.Context(), "1"); err != nil {
+			t.Error(err)
+		}
+		s := a.cache.Subscribe(in("1"))
 		defer s.Close()
 		wantPaths(t, s, "ns/shop/sa/web")
 		// What ended meanwhile is gone with the first word of the server.
@@ -223,7 +223,7 @@ func TestAnEntryIsNotLeftWaitingForPodsThatAreHere(t *testing.T) {
 		a.start()
 		f.run(pod("1", "shop", "web"))
 		synctest.Wait()
-		s := a.cache.Subscribe(podSet("1", "shop", "web"))
+		s := a.cache.Subscribe(in("1"))
 		wantPaths(t, s, "ns/shop/sa/web")
 		f.set(entry("typo", "typo", "k8s:ns:shop"))
 		synctest.Wait()
@@ -235,8 +235,108 @@ func TestAnEntryIsNotLeftWaitingForPodsThatAreHere(t *testing.T) {
 		<-time.After(2 * time.Hour) // all that it has has ended
 		a.start()
 		<-time.After(time.Minute)
-		s = a.cache.Subscribe(podSet("1", "shop", "web"))
+		s = a.cache.Subscribe(in("1"))
 		defer s.Close()
 		wantPaths(t, s, "ns/shop/sa/web", "late", "typo")
+	})
+}
+
+// withContainer is a pod in which a container is known to run.
+func withContainer(p *agentv1.Pod, id string, facts ...string) *agentv1.Pod {
+	c := &agentv1.Container{Id: id}
+	for _, value := range facts {
+		c.Selectors = append(c.Selectors, &agentv1.Selector{Type: "k8s", Value: value})
+	}
+	p.Containers = append(p.Containers, c)
+	return p
+}
+
+// What is true of a pod may change while its streams are open: they get what it
+// is entitled to then, and nothing else changes for them.
+func TestAChangedLabelChangesWhatAPodGets(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "blue", "k8s:ns:shop", "k8s:pod-label:color:blue"), entry("g", "green", "k8s:pod-label:color:green"))
+		labelled := func(color string) *agentv1.Pod {
+			p := pod("1", "shop", "web")
+			p.Selectors = append(p.Selectors, &agentv1.Selector{Type: "k8s", Value: "pod-label:color:" + color})
+			return p
+		}
+		a.start()
+		f.run(labelled("blue"), pod("2", "shop", "web"))
+		synctest.Wait()
+		one, two := a.cache.Subscribe(in("1", "c")), a.cache.Subscribe(in("2", "d"))
+		defer one.Close()
+		defer two.Close()
+		wantPaths(t, one, "ns/shop/sa/web", "blue")
+		wantPaths(t, two, "ns/shop/sa/web")
+		own := must(one.Snapshot()).SVIDs[0]
+		f.run(labelled("green"))
+		synctest.Wait()
+		<-one.Changed()
+		wantPaths(t, one, "ns/shop/sa/web", "green")
+		if must(one.Snapshot()).SVIDs[0] != own {
+			t.Error("the pod's own SVID was made anew")
+		}
+		select {
+		case <-two.Changed():
+			t.Error("another pod was told")
+		default:
+		}
+		f.run(pod("1", "shop", "web"))
+		synctest.Wait()
+		wantPaths(t, one, "ns/shop/sa/web")
+	})
+}
+
+// What a container is becomes known after its first process asks. Who may need
+// that waits for it, nobody else does; and the facts of one container are not
+// those of another in the same pod.
+func TestACallerWaitsForItsContainerIfAnEntryGoesByIt(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("proxy", "proxy", "k8s:ns:shop", "k8s:container-name:proxy"))
+		a.start()
+		f.run(pod("1", "shop", "web"), pod("2", "bank", "db"))
+		synctest.Wait()
+		proxy, app, other := a.cache.Subscribe(in("1", "aa")), a.cache.Subscribe(in("1", "bb")), a.cache.Subscribe(in("2", "cc"))
+		defer proxy.Close()
+		defer app.Close()
+		defer other.Close()
+		wantPaths(t, other, "ns/bank/sa/db")
+		wantPaths(t, proxy, "!container_unknown")
+		wantPaths(t, app, "!container_unknown")
+		f.run(withContainer(pod("1", "shop", "web"), "aa", "container-name:proxy", "container-image:proxy:1"))
+		synctest.Wait()
+		<-proxy.Changed()
+		wantPaths(t, proxy, "ns/shop/sa/web", "proxy")
+		// It waits no longer: what it is may come later, or never.
+		wantPaths(t, app, "!container_unknown")
+		if !app.Hurry() || app.Hurry() {
+			t.Error("there was nothing to wait for, or there still is")
+		}
+		wantPaths(t, app, "ns/shop/sa/web")
+		f.run(withContainer(withContainer(pod("1", "shop", "web"), "aa", "container-name:proxy"), "bb", "container-name:app"))
+		synctest.Wait()
+		wantPaths(t, app, "ns/shop/sa/web")
+		wantPaths(t, proxy, "ns/shop/sa/web", "proxy")
+		if proxy.Hurry() {
+			t.Error("its container is known, and there is something to wait for")
+		}
+
+		// One that is served waits for nothing when such an entry comes, and gets
+		// it when it can be told.
+		f.set(entry("db", "late", "k8s:ns:bank", "k8s:container-name:db"))
+		synctest.Wait()
+		wantPaths(t, other, "ns/bank/sa/db")
+		f.run(withContainer(pod("2", "bank", "db"), "cc", "container-name:db"))
+		synctest.Wait()
+		wantPaths(t, other, "ns/bank/sa/db", "late")
+		// And it is kept over a restart.
+		<-time.After(10 * time.Second)
+		f.judge(fault.New(fault.NotReady, "x", "x"))
+		a.restart()
+		synctest.Wait()
+		again := a.cache.Subscribe(in("2", "cc"))
+		defer again.Close()
+		wantPaths(t, again, "ns/bank/sa/db", "late")
 	})
 }

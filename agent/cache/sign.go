@@ -128,7 +128,7 @@ func (c *Cache) takeBatch() ([]*job, *verifier) {
 		}
 		e := c.ready.take()
 		e.signing = true
-		j := &job{entry: e, facts: e.facts, generation: e.generation}
+		j := &job{entry: e, facts: e.facts, generation: e.generation, key: e.asked}
 		if e.svid != nil {
 			j.replaces = e.svid.NotAfter
 		}
@@ -159,7 +159,12 @@ func (c *Cache) giveUpWaiting() {
 func (c *Cache) signBatch(ctx context.Context, client agentv1.AgentClient, batch []*job, v *verifier) error {
 	parallel(len(batch), func(i int) {
 		j := batch[i]
-		j.key, j.csr, j.err = newRequest()
+		if j.key == nil {
+			j.key, j.err = newKey()
+		}
+		if j.err == nil {
+			j.csr, j.err = csrFor(j.key)
+		}
 	})
 	req := &agentv1.SignX509Request{ReplacesUntil: replacesUntil(batch)}
 	for _, j := range batch {
@@ -241,6 +246,9 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 	for _, j := range batch {
 		e := j.entry
 		e.signing = false
+		if e.asked = nil; j.result.GetChain() == nil && j.generation == e.generation {
+			e.asked = j.key
+		}
 		if c.entries[e.id] != e {
 			continue // removed in the meantime, its key goes with it
 		}

@@ -44,18 +44,26 @@ type Subscription struct {
 	ended bool
 }
 
-// group is all subscriptions with equal selectors. It stays for a while after
-// the last of them closed, for callers that ask again and again.
+// group is all subscriptions of processes of which the attestor says the same.
+// It stays for a while after the last of them closed, for callers that ask again
+// and again.
 type group struct {
-	set selector.Set
-	key string
-	pod string // UID of the pod whose processes these are; empty: of none
+	process selector.Set // what the attestor says; it stays
+	key     string       // of process
+	pod     string       // UID of the pod whose processes these are; empty: of none
+	// container of that pod, by its ID.
+	container string
 	// view is what Snapshot answers, nil when it has to be computed.
 	view atomic.Pointer[view]
 	// Guarded by Cache.mu.
-	subs    map[*Subscription]struct{}
-	entries []*entry
-	sorted  bool
+	subs map[*Subscription]struct{}
+	// set is all that is true of the processes, with what the server says of
+	// their pod. known: with what it says of their container too. hasty: a
+	// caller did not wait for that any longer.
+	set          selector.Set
+	known, hasty bool
+	entries      []*entry
+	sorted       bool
 	// complete: a snapshot with every matching entry was possible once. From
 	// then on entries that are still to be signed are added when they are.
 	complete bool
@@ -94,16 +102,18 @@ func (v *view) same(w *view) bool {
 	return v.snapshot.BundleSequence == w.snapshot.BundleSequence && slices.Equal(v.snapshot.SVIDs, w.snapshot.SVIDs)
 }
 
-// Subscribe follows the state for a set of selectors until Close. Entries that
-// it matches and that have no SVID yet are signed before all others.
-func (c *Cache) Subscribe(set selector.Set) *Subscription {
+// Subscribe follows the state for a process until Close, given what the attestor
+// says of it. Of a process in a pod that is which one, by its UID, and which
+// container; what else is true of those the cache knows, and goes by at each
+// moment. Entries that match and have no SVID yet are signed before all others.
+func (c *Cache) Subscribe(process selector.Set) *Subscription {
 	s := &Subscription{cache: c, changed: make(chan struct{}, 1)}
-	key := set.Key()
+	key := process.Key()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	g := c.groups[key]
 	if g == nil {
-		g = c.newGroup(set, key)
+		g = c.newGroup(process, key)
 	}
 	s.group, g.used = g, true
 	if len(g.subs) == 0 {
@@ -132,32 +142,53 @@ func (c *Cache) reawaken(g *group) {
 	}
 }
 
-// newGroup makes a group and finds its entries: each is indexed under one of
-// its selectors, so one that matches is found under one of the group's.
-func (c *Cache) newGroup(set selector.Set, key string) *group {
-	g := &group{set: set, key: key, pod: podOf(set), subs: map[*Subscription]struct{}{}}
+func (c *Cache) newGroup(process selector.Set, key string) *group {
+	g := &group{
+		process: process, key: key, pod: valueOf(process, podUID), container: valueOf(process, containerID),
+		subs: map[*Subscription]struct{}{},
+	}
 	c.groups[key] = g
-	for _, sel := range set {
+	c.judge(g)
+	return g
+}
+
+// judge finds the entries of a group: each is indexed under one of its selectors,
+// so one that matches is found under one of the group's.
+func (c *Cache) judge(g *group) {
+	g.set, g.known = c.expand(g)
+	g.sorted = false
+	for _, sel := range g.set {
 		addTo(c.groupsBy, sel, g)
 		for e := range c.byKey[sel] {
-			if set.Contains(e.selectors) {
+			if g.set.Contains(e.selectors) {
 				g.entries = append(g.entries, e)
 				e.groups[g] = struct{}{}
 			}
 		}
 	}
-	return g
 }
 
-func (c *Cache) dropGroup(g *group) {
-	delete(c.groups, g.key)
-	delete(c.dirty, g)
+// rejudge is for a group of whose processes something else is true now.
+func (c *Cache) rejudge(g *group) {
+	c.unjudge(g)
+	c.judge(g)
+	c.dirty[g] = struct{}{}
+}
+
+func (c *Cache) unjudge(g *group) {
 	for _, sel := range g.set {
 		removeFrom(c.groupsBy, sel, g)
 	}
 	for _, e := range g.entries {
 		delete(e.groups, g)
 	}
+	g.entries = nil
+}
+
+func (c *Cache) dropGroup(g *group) {
+	delete(c.groups, g.key)
+	delete(c.dirty, g)
+	c.unjudge(g)
 }
 
 // servable says whether the entry has an SVID that has not ended.
@@ -189,6 +220,28 @@ func (s *Subscription) Snapshot() (*Snapshot, error) {
 		s.cache.account(v)
 	}
 	return v.snapshot, nil
+}
+
+// Selectors returns all that is true of the subscription's process now.
+func (s *Subscription) Selectors() selector.Set {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	return s.group.set
+}
+
+// Hurry says that the caller waits no longer for what may still become known of
+// its container, and reports whether there was such a thing to wait for.
+// Snapshot then answers with what there is.
+func (s *Subscription) Hurry() bool {
+	c := s.cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.group.known || s.group.hasty {
+		return false
+	}
+	s.group.hasty = true
+	c.publish(s.group, c.now())
+	return true
 }
 
 // Sent says that snap was written to the subscription's stream.
@@ -294,7 +347,11 @@ func (c *Cache) build(g *group, at time.Time) *view {
 	switch {
 	case !c.synced || c.bundle == nil:
 		return &view{err: errNotSynced}
-	case len(g.entries) == 0, g.pod != "" && c.pods[g.pod] == nil:
+	case g.pod != "" && c.pods[g.pod] == nil:
+		return &view{err: errNoIdentity}
+	case !g.known && !g.complete && !g.hasty && c.needsContainer(g):
+		return &view{err: errContainer, transient: true}
+	case len(g.entries) == 0:
 		return &view{err: errNoIdentity}
 	}
 	if !g.sorted {
@@ -350,6 +407,7 @@ func (c *Cache) build(g *group, at time.Time) *view {
 var (
 	errNotSynced  = fault.New(fault.NotReady, "not_synced", "the agent has not heard from its server yet: retry")
 	errNoIdentity = fault.New(fault.Denied, "no_identity", "no identity issued")
+	errContainer  = fault.New(fault.NotReady, "container_unknown", "what the caller's container is, is not known yet, and an entry goes by it: retry")
 	errPending    = fault.New(fault.NotReady, "svid_pending", "the certificate is not signed yet: retry; the agent's log says what is in the way")
 	errEnded      = fault.New(fault.NotReady, "svid_expired_server_unreachable", "the certificate has expired and the agent could not renew it: check the agent's connection to its server")
 )

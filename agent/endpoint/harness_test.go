@@ -125,12 +125,13 @@ type source struct {
 type subscription struct {
 	source  *source
 	changed chan struct{}
+	set     selector.Set
 }
 
 func (s *source) subscribe(set selector.Set) Subscription {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	sub := &subscription{s, make(chan struct{}, 1)}
+	sub := &subscription{s, make(chan struct{}, 1), set}
 	if s.subs == nil {
 		s.subs = map[*subscription]struct{}{}
 	}
@@ -174,6 +175,10 @@ func (s *source) wasTaken(snap *cache.Snapshot) bool {
 	defer s.mu.Unlock()
 	return s.taken == snap
 }
+
+func (s *subscription) Hurry() bool { return false }
+
+func (s *subscription) Selectors() selector.Set { return s.set }
 
 func (s *subscription) Changed() <-chan struct{} { return s.changed }
 

@@ -39,6 +39,11 @@ type Subscription interface {
 	Changed() <-chan struct{}
 	// Snapshot returns the complete state, or why there is none.
 	Snapshot() (*cache.Snapshot, error)
+	// Hurry says that the caller waits no longer for what may become known of it,
+	// and whether Snapshot can have another answer by that.
+	Hurry() bool
+	// Selectors are all that is known of the caller.
+	Selectors() selector.Set
 	// Sent says that a snapshot was written to the caller's stream.
 	Sent(*cache.Snapshot)
 	Close()
@@ -49,7 +54,7 @@ var _ Subscription = (*cache.Subscription)(nil)
 // Config is what New needs.
 type Config struct {
 	Attestor *attest.Attestor
-	// Subscribe follows the state for a caller's selectors.
+	// Subscribe follows the state for a caller, by what the attestor says of it.
 	Subscribe func(selector.Set) Subscription
 	Limits    Limits
 	// MessageTimeout is how long a caller may take from the headers of a call to

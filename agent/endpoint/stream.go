@@ -78,11 +78,11 @@ func (s *Server) follow(stream grpc.ServerStream, p *profile) error {
 	open := s.metrics.streams.WithLabelValues(p.method)
 	open.Inc()
 	defer open.Dec()
-	selectors, err := who.Selectors(stream.Context())
+	process, err := who.Selectors(stream.Context())
 	if err != nil {
 		return err
 	}
-	sub := s.subscribe(selectors)
+	sub := s.subscribe(process)
 	defer sub.Close()
 	f := &follower{server: s, stream: stream, profile: p, who: who, sub: sub}
 	snap, err := f.first()
@@ -92,7 +92,7 @@ func (s *Server) follow(stream grpc.ServerStream, p *profile) error {
 		}
 	}
 	if fault.KindOf(err) == fault.Denied {
-		s.explain(stream.Context(), who, selectors)
+		s.explain(stream.Context(), who, sub.Selectors())
 	}
 	return err
 }
@@ -135,7 +135,7 @@ func (f *follower) first() (*cache.Snapshot, error) {
 	}
 	uid := f.who.Caller().UID
 	if !f.server.gate.take(uid, held, 1) {
-		return nil, err
+		return f.lastly(err)
 	}
 	defer f.server.gate.give(uid, held, 1)
 	f.waiting = time.Now()
@@ -143,13 +143,21 @@ func (f *follower) first() (*cache.Snapshot, error) {
 	defer timer.Stop()
 	for err != nil {
 		if stop := f.wait(timer.C); stop == errTimeUp {
-			return nil, err
+			return f.lastly(err)
 		} else if stop != nil {
 			return nil, stop
 		}
 		snap, err = f.sub.Snapshot()
 	}
 	return snap, nil
+}
+
+// lastly returns what there is for a caller that waits no longer because of err.
+func (f *follower) lastly(err error) (*cache.Snapshot, error) {
+	if f.sub.Hurry() {
+		return f.sub.Snapshot()
+	}
+	return nil, err
 }
 
 // holdTime leaves a caller with a deadline half of it to try again.

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/seed-caa81108/assay/pkg/failpoint"
@@ -42,6 +43,11 @@ type AgentConfig struct {
 	SyncStreams int
 	// Rates of one agent.
 	Rates AgentRates
+	// LiveKeys is for how many keys the agent of a cluster's node may have
+	// certificates of one identity at a time.
+	LiveKeys int
+	// NotSigned counts certificates that were refused, by reason.
+	NotSigned *prometheus.CounterVec
 }
 
 // AgentService is the server's side of the protocol between agent and server.
@@ -51,6 +57,7 @@ type AgentService struct {
 	addresses *addresses
 	streams   *streams
 	rates     *rates
+	keys      *liveKeys
 	work      *work
 	bundles   bundleCache
 
@@ -62,7 +69,7 @@ type AgentService struct {
 func NewAgentService(cfg AgentConfig) *AgentService {
 	return &AgentService{
 		cfg: cfg, addresses: newAddresses(cfg.AttestRate), streams: newStreams(cfg.SyncStreams),
-		rates: newRates(cfg.Rates), work: newWork(), stopping: make(chan struct{}),
+		rates: newRates(cfg.Rates), keys: newLiveKeys(cfg.LiveKeys), work: newWork(), stopping: make(chan struct{}),
 	}
 }
 

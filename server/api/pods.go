@@ -138,9 +138,9 @@ func (s *syncSession) deliverPods(last registry.Update, change kube.Change) erro
 }
 
 func (s *syncSession) podMessage(pod *kube.Pod) *agentv1.Pod {
-	out := &agentv1.Pod{Uid: pod.UID}
-	for _, one := range pod.Selectors(s.cluster) {
-		out.Selectors = append(out.Selectors, &agentv1.Selector{Type: one.Type, Value: one.Value})
+	out := &agentv1.Pod{Uid: pod.UID, Selectors: selectorMessages(pod.Selectors(s.cluster))}
+	for _, c := range pod.Containers {
+		out.Containers = append(out.Containers, &agentv1.Container{Id: c.ID, Selectors: selectorMessages(c.Selectors())})
 	}
 	id, ok := s.clusters.Identity(s.cluster, pod)
 	if !ok {

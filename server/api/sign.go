@@ -31,6 +31,7 @@ type signing struct {
 	rule    string
 	cluster string // of the agent's node; empty: it is in none
 	key     crypto.PublicKey
+	sum     [16]byte // of key; on a node of a cluster
 	err     error
 	chain   [][]byte
 }
@@ -63,8 +64,13 @@ func (s *AgentService) SignX509(ctx context.Context, req *agentv1.SignX509Reques
 	if err := s.auditRefusals(ctx, items, work); err != nil {
 		return nil, err
 	}
-	if err := s.sign(ctx, work); err != nil {
+	if err := s.sign(ctx, caller.ID, work); err != nil {
 		return nil, err
+	}
+	for _, w := range work {
+		if w.err != nil {
+			s.cfg.NotSigned.WithLabelValues(fault.ReasonOf(w.err)).Inc()
+		}
 	}
 	return signed(work), nil
 }
@@ -89,6 +95,11 @@ func (s *AgentService) prepare(agent spiffeid.ID, item *agentv1.SignX509Request_
 	}()
 	if w.err = s.find(&w, agent, item.GetEntryId()); w.err == nil {
 		w.key, w.err = ca.ParseCSR(item.GetCsr())
+	}
+	if w.err == nil && w.cluster != "" {
+		if w.sum, w.err = keySum(w.key); w.err == nil {
+			w.err = s.keys.reserve(subject{agent, w.entry.ID}, w.sum, time.Now())
+		}
 	}
 	return w
 }
@@ -116,7 +127,7 @@ func (s *AgentService) auditRefusals(ctx context.Context, items []*agentv1.SignX
 }
 
 // sign has the authority sign what was prepared, in one call.
-func (s *AgentService) sign(ctx context.Context, work []signing) error {
+func (s *AgentService) sign(ctx context.Context, agent spiffeid.ID, work []signing) error {
 	reqs := make([]ca.X509Request, 0, len(work))
 	of := make([]int, 0, len(work))
 	for i, w := range work {
@@ -137,7 +148,10 @@ func (s *AgentService) sign(ctx context.Context, work []signing) error {
 		return err
 	}
 	for i, svid := range svids {
-		work[of[i]].chain, work[of[i]].err = svid.Chain, svid.Err
+		w := &work[of[i]]
+		if w.chain, w.err = svid.Chain, svid.Err; w.err == nil && w.cluster != "" {
+			s.keys.certified(subject{agent, w.entry.ID}, w.sum, svid.NotAfter)
+		}
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
+	"github.com/seed-caa81108/assay/pkg/selector"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/server/kube"
@@ -254,13 +255,18 @@ func syncMessages(u registry.Update) []*agentv1.SyncResponse {
 func syncEntry(e *registry.Entry) *agentv1.Entry {
 	out := &agentv1.Entry{
 		Id: e.ID, Revision: e.Revision, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, DnsNames: e.DNSNames,
-		Selectors: make([]*agentv1.Selector, len(e.Selectors)), CreatedAt: timestamppb.New(e.CreatedAt),
-	}
-	for i, sel := range e.Selectors {
-		out.Selectors[i] = &agentv1.Selector{Type: sel.Type, Value: sel.Value}
+		Selectors: selectorMessages(e.Selectors), CreatedAt: timestamppb.New(e.CreatedAt),
 	}
 	if e.X509SVIDTTL > 0 {
 		out.X509SvidTtl = durationpb.New(e.X509SVIDTTL)
+	}
+	return out
+}
+
+func selectorMessages(set selector.Set) []*agentv1.Selector {
+	out := make([]*agentv1.Selector, len(set))
+	for i, one := range set {
+		out[i] = &agentv1.Selector{Type: one.Type, Value: one.Value}
 	}
 	return out
 }

@@ -75,7 +75,7 @@ func (c *Clusters) Runs(at Place, wanted selector.Set) error {
 		return err
 	}
 	for _, p := range pods {
-		if p.Selectors(at.Cluster).Contains(wanted) {
+		if p.runs(at.Cluster, wanted) {
 			return nil
 		}
 	}

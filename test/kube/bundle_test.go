@@ -52,7 +52,10 @@ func TestTheBundleIsInTheCluster(t *testing.T) {
 	site.Write("agent.bundle", first)
 	a.Start(harness.Token{})
 
-	site.CLI("root", "prepare", "--reason", "test")
+	var made struct {
+		ID string `json:"id"`
+	}
+	site.CLIJSON(&made, "root", "prepare", "--reason", "test")
 	if both := published(2); !strings.Contains(both, first) {
 		t.Errorf("the root that signs is not published any more:\n%s", both)
 	}
@@ -62,7 +65,7 @@ func TestTheBundleIsInTheCluster(t *testing.T) {
 	if err := s.Core.ConfigMaps(s.Namespace).Delete(ctx, "assay-bundle", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	site.CLI("root", "abort", "--reason", "test")
+	site.CLI("root", "revoke", made.ID, "--yes", "--reason", "test")
 	if err := poll(ctx, nil, func() error {
 		if harness.Metric(t, site.Ops, `assay_kubernetes_bundle_published{cluster="test"}`) != 1 {
 			return errors.New("not published")

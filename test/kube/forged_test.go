@@ -38,11 +38,16 @@ type forged struct {
 
 func newForged(t *testing.T, site *harness.Site) *forged {
 	t.Helper()
+	return &forged{t: t, site: site, key: newKey(t)}
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &forged{t: t, site: site, key: key}
+	return key
 }
 
 func (f *forged) csr(key *ecdsa.PrivateKey) []byte {
@@ -104,9 +109,14 @@ func (f *forged) attest(token string) error {
 // there is none.
 func (f *forged) sign(entryID string) string {
 	f.t.Helper()
+	return f.signFor(entryID, f.key)
+}
+
+func (f *forged) signFor(entryID string, key *ecdsa.PrivateKey) string {
+	f.t.Helper()
 	ctx, cancel := context.WithTimeout(f.t.Context(), time.Minute)
 	defer cancel()
-	resp, err := f.client().SignX509(ctx, &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: entryID, Csr: f.csr(f.key)}}})
+	resp, err := f.client().SignX509(ctx, &agentv1.SignX509Request{Items: []*agentv1.SignX509Request_Item{{EntryId: entryID, Csr: f.csr(key)}}})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -172,6 +182,23 @@ func TestAForgedAgentGetsWhatRunsOnItsNodeAlone(t *testing.T) {
 	f.signs(entry("/mixed", ns, "k8s:sa:web", "k8s:pod-name:db-1"), none)
 	f.signs(entry("/unix", "unix:uid:0"), "entry_without_pod")
 	f.signs(entry("/node-tool", "unix:uid:0", "k8s:host:true"), "spiffe://example.org/node-tool")
+
+	// Nor does it get certificates for key after key, of one of its own.
+	spare := s.Run(Pod{Name: "web-2", Node: node.Name, Account: "web"})
+	for i := range 10 {
+		key, want := newKey(t), web
+		if i >= 7 { // besides the one that it has
+			want = "limit_live_keys"
+		}
+		if got := f.signFor("pod/"+string(mine.UID), key); got != want {
+			t.Errorf("key %d: %s, want %s", i, got, want)
+		}
+	}
+	f.signs("pod/"+string(mine.UID), web) // for the key of before
+	f.signs("pod/"+string(spare.UID), web)
+	if n := harness.Metric(t, site.Ops, `assay_x509_svid_refusals_total{reason="limit_live_keys"}`); n != 3 {
+		t.Errorf("%v refusals are counted", n)
+	}
 
 	s.Delete(mine)
 	f.signs("pod/"+string(mine.UID), none)

@@ -42,13 +42,19 @@ func playWorkload(address string) int {
 type printer struct{}
 
 func (printer) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	all := "all"
 	for _, svid := range c.SVIDs {
+		all += " " + svid.ID.Path()
 		leaf := svid.Certificates[0]
 		fmt.Println("svid", svid.ID, leaf.SerialNumber.Text(16), "ou="+strings.Join(leaf.Subject.OrganizationalUnit, ","), svid.Hint)
 	}
+	fmt.Println(all)
 }
 
 func (printer) OnX509ContextWatchError(err error) { fmt.Println("denied", status.Code(err)) }
+
+// containerOf is the ID of the one container that each pod has here.
+const containerOf = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 
 // workload is a process in a pod: no container runtime put it there, but the
 // cgroup that one would make.
@@ -132,7 +138,7 @@ func (c *cgroups) start(pod *corev1.Pod, address string) *workload {
 		_ = cmd.Wait()
 	})
 	if pod != nil {
-		path := filepath.Join(c.root, "kubepods", "besteffort", "pod"+string(pod.UID), strings.Repeat("0123456789abcdef", 4))
+		path := filepath.Join(c.root, "kubepods", "besteffort", "pod"+string(pod.UID), containerOf)
 		for _, mount := range c.mounts {
 			dir := filepath.Join(mount, path)
 			if err := os.MkdirAll(dir, 0o755); err != nil {

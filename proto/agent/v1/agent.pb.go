@@ -902,7 +902,9 @@ type Pod struct {
 	Selectors []*Selector `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	// The identity that it has without a registration entry, if any. Its ID is
 	// for SignX509; only processes of this pod may have it.
-	Identity      *Entry `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	Identity *Entry `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	// The containers that are known to run in it.
+	Containers    []*Container `protobuf:"bytes,4,rep,name=containers,proto3" json:"containers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -958,6 +960,67 @@ func (x *Pod) GetIdentity() *Entry {
 	return nil
 }
 
+func (x *Pod) GetContainers() []*Container {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+type Container struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in the names of its cgroups.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What is true of each process in it, besides what is true of the pod's.
+	Selectors     []*Selector `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Container) Reset() {
+	*x = Container{}
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Container) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Container) ProtoMessage() {}
+
+func (x *Container) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Container.ProtoReflect.Descriptor instead.
+func (*Container) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Container) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Container) GetSelectors() []*Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
 type Entry struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -976,7 +1039,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -988,7 +1051,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[14]
+	mi := &file_agent_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1001,7 +1064,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Entry) GetId() string {
@@ -1070,7 +1133,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1145,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[15]
+	mi := &file_agent_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1158,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Selector) GetType() string {
@@ -1123,7 +1186,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1135,7 +1198,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[16]
+	mi := &file_agent_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1148,7 +1211,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1189,7 +1252,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1201,7 +1264,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[17]
+	mi := &file_agent_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1214,7 +1277,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Authority) GetId() string {
@@ -1259,7 +1322,7 @@ type SignX509Request struct {
 
 func (x *SignX509Request) Reset() {
 	*x = SignX509Request{}
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1271,7 +1334,7 @@ func (x *SignX509Request) String() string {
 func (*SignX509Request) ProtoMessage() {}
 
 func (x *SignX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1284,7 +1347,7 @@ func (x *SignX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request.ProtoReflect.Descriptor instead.
 func (*SignX509Request) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignX509Request) GetItems() []*SignX509Request_Item {
@@ -1310,7 +1373,7 @@ type SignX509Response struct {
 
 func (x *SignX509Response) Reset() {
 	*x = SignX509Response{}
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1385,7 @@ func (x *SignX509Response) String() string {
 func (*SignX509Response) ProtoMessage() {}
 
 func (x *SignX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1398,7 @@ func (x *SignX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response.ProtoReflect.Descriptor instead.
 func (*SignX509Response) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignX509Response) GetResults() []*SignX509Response_Result {
@@ -1353,7 +1416,7 @@ type BundleRequest struct {
 
 func (x *BundleRequest) Reset() {
 	*x = BundleRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1428,7 @@ func (x *BundleRequest) String() string {
 func (*BundleRequest) ProtoMessage() {}
 
 func (x *BundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1441,7 @@ func (x *BundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleRequest.ProtoReflect.Descriptor instead.
 func (*BundleRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 type BundleResponse struct {
@@ -1390,7 +1453,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1465,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1415,7 +1478,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *BundleResponse) GetBundle() *TrustBundle {
@@ -1441,7 +1504,7 @@ type AttestRequest_Start struct {
 
 func (x *AttestRequest_Start) Reset() {
 	*x = AttestRequest_Start{}
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1516,7 @@ func (x *AttestRequest_Start) String() string {
 func (*AttestRequest_Start) ProtoMessage() {}
 
 func (x *AttestRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1566,7 @@ type SyncRequest_Hello struct {
 
 func (x *SyncRequest_Hello) Reset() {
 	*x = SyncRequest_Hello{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1578,7 @@ func (x *SyncRequest_Hello) String() string {
 func (*SyncRequest_Hello) ProtoMessage() {}
 
 func (x *SyncRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1628,7 @@ type SyncRequest_Ack struct {
 
 func (x *SyncRequest_Ack) Reset() {
 	*x = SyncRequest_Ack{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1640,7 @@ func (x *SyncRequest_Ack) String() string {
 func (*SyncRequest_Ack) ProtoMessage() {}
 
 func (x *SyncRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1685,7 @@ type SyncRequest_Report struct {
 
 func (x *SyncRequest_Report) Reset() {
 	*x = SyncRequest_Report{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1634,7 +1697,7 @@ func (x *SyncRequest_Report) String() string {
 func (*SyncRequest_Report) ProtoMessage() {}
 
 func (x *SyncRequest_Report) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1690,7 +1753,7 @@ type SyncRequest_LiveSVIDs struct {
 
 func (x *SyncRequest_LiveSVIDs) Reset() {
 	*x = SyncRequest_LiveSVIDs{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +1765,7 @@ func (x *SyncRequest_LiveSVIDs) String() string {
 func (*SyncRequest_LiveSVIDs) ProtoMessage() {}
 
 func (x *SyncRequest_LiveSVIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1812,7 @@ type SignX509Request_Item struct {
 
 func (x *SignX509Request_Item) Reset() {
 	*x = SignX509Request_Item{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +1824,7 @@ func (x *SignX509Request_Item) String() string {
 func (*SignX509Request_Item) ProtoMessage() {}
 
 func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +1837,7 @@ func (x *SignX509Request_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Request_Item.ProtoReflect.Descriptor instead.
 func (*SignX509Request_Item) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{18, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
 }
 
 func (x *SignX509Request_Item) GetEntryId() string {
@@ -1804,7 +1867,7 @@ type SignX509Response_Result struct {
 
 func (x *SignX509Response_Result) Reset() {
 	*x = SignX509Response_Result{}
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1816,7 +1879,7 @@ func (x *SignX509Response_Result) String() string {
 func (*SignX509Response_Result) ProtoMessage() {}
 
 func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1829,7 +1892,7 @@ func (x *SignX509Response_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Result.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Result) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20, 0}
 }
 
 func (x *SignX509Response_Result) GetOutcome() isSignX509Response_Result_Outcome {
@@ -1883,7 +1946,7 @@ type SignX509Response_Chain struct {
 
 func (x *SignX509Response_Chain) Reset() {
 	*x = SignX509Response_Chain{}
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1895,7 +1958,7 @@ func (x *SignX509Response_Chain) String() string {
 func (*SignX509Response_Chain) ProtoMessage() {}
 
 func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1908,7 +1971,7 @@ func (x *SignX509Response_Chain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Chain.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Chain) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 1}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20, 1}
 }
 
 func (x *SignX509Response_Chain) GetCertificates() [][]byte {
@@ -1930,7 +1993,7 @@ type SignX509Response_Failure struct {
 
 func (x *SignX509Response_Failure) Reset() {
 	*x = SignX509Response_Failure{}
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1942,7 +2005,7 @@ func (x *SignX509Response_Failure) String() string {
 func (*SignX509Response_Failure) ProtoMessage() {}
 
 func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1955,7 +2018,7 @@ func (x *SignX509Response_Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignX509Response_Failure.ProtoReflect.Descriptor instead.
 func (*SignX509Response_Failure) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{19, 2}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{20, 2}
 }
 
 func (x *SignX509Response_Failure) GetCode() int32 {
@@ -2058,11 +2121,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"PodChanges\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\bR\bsnapshot\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.assay.agent.v1.PodR\x04pods\x12!\n" +
-	"\fremoved_uids\x18\x03 \x03(\tR\vremovedUids\"\x82\x01\n" +
+	"\fremoved_uids\x18\x03 \x03(\tR\vremovedUids\"\xbd\x01\n" +
 	"\x03Pod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x126\n" +
 	"\tselectors\x18\x02 \x03(\v2\x18.assay.agent.v1.SelectorR\tselectors\x121\n" +
-	"\bidentity\x18\x03 \x01(\v2\x15.assay.agent.v1.EntryR\bidentity\"\xb3\x02\n" +
+	"\bidentity\x18\x03 \x01(\v2\x15.assay.agent.v1.EntryR\bidentity\x129\n" +
+	"\n" +
+	"containers\x18\x04 \x03(\v2\x19.assay.agent.v1.ContainerR\n" +
+	"containers\"S\n" +
+	"\tContainer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x126\n" +
+	"\tselectors\x18\x02 \x03(\v2\x18.assay.agent.v1.SelectorR\tselectors\"\xb3\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1b\n" +
@@ -2125,7 +2194,7 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_v1_agent_proto_rawDescData
 }
 
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(*AttestRequest)(nil),            // 0: assay.agent.v1.AttestRequest
 	(*AttestResponse)(nil),           // 1: assay.agent.v1.AttestResponse
@@ -2141,72 +2210,75 @@ var file_agent_v1_agent_proto_goTypes = []any{
 	(*SyncResponse)(nil),             // 11: assay.agent.v1.SyncResponse
 	(*PodChanges)(nil),               // 12: assay.agent.v1.PodChanges
 	(*Pod)(nil),                      // 13: assay.agent.v1.Pod
-	(*Entry)(nil),                    // 14: assay.agent.v1.Entry
-	(*Selector)(nil),                 // 15: assay.agent.v1.Selector
-	(*TrustBundle)(nil),              // 16: assay.agent.v1.TrustBundle
-	(*Authority)(nil),                // 17: assay.agent.v1.Authority
-	(*SignX509Request)(nil),          // 18: assay.agent.v1.SignX509Request
-	(*SignX509Response)(nil),         // 19: assay.agent.v1.SignX509Response
-	(*BundleRequest)(nil),            // 20: assay.agent.v1.BundleRequest
-	(*BundleResponse)(nil),           // 21: assay.agent.v1.BundleResponse
-	(*AttestRequest_Start)(nil),      // 22: assay.agent.v1.AttestRequest.Start
-	(*SyncRequest_Hello)(nil),        // 23: assay.agent.v1.SyncRequest.Hello
-	(*SyncRequest_Ack)(nil),          // 24: assay.agent.v1.SyncRequest.Ack
-	(*SyncRequest_Report)(nil),       // 25: assay.agent.v1.SyncRequest.Report
-	(*SyncRequest_LiveSVIDs)(nil),    // 26: assay.agent.v1.SyncRequest.LiveSVIDs
-	(*SignX509Request_Item)(nil),     // 27: assay.agent.v1.SignX509Request.Item
-	(*SignX509Response_Result)(nil),  // 28: assay.agent.v1.SignX509Response.Result
-	(*SignX509Response_Chain)(nil),   // 29: assay.agent.v1.SignX509Response.Chain
-	(*SignX509Response_Failure)(nil), // 30: assay.agent.v1.SignX509Response.Failure
-	(*timestamppb.Timestamp)(nil),    // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 32: google.protobuf.Duration
+	(*Container)(nil),                // 14: assay.agent.v1.Container
+	(*Entry)(nil),                    // 15: assay.agent.v1.Entry
+	(*Selector)(nil),                 // 16: assay.agent.v1.Selector
+	(*TrustBundle)(nil),              // 17: assay.agent.v1.TrustBundle
+	(*Authority)(nil),                // 18: assay.agent.v1.Authority
+	(*SignX509Request)(nil),          // 19: assay.agent.v1.SignX509Request
+	(*SignX509Response)(nil),         // 20: assay.agent.v1.SignX509Response
+	(*BundleRequest)(nil),            // 21: assay.agent.v1.BundleRequest
+	(*BundleResponse)(nil),           // 22: assay.agent.v1.BundleResponse
+	(*AttestRequest_Start)(nil),      // 23: assay.agent.v1.AttestRequest.Start
+	(*SyncRequest_Hello)(nil),        // 24: assay.agent.v1.SyncRequest.Hello
+	(*SyncRequest_Ack)(nil),          // 25: assay.agent.v1.SyncRequest.Ack
+	(*SyncRequest_Report)(nil),       // 26: assay.agent.v1.SyncRequest.Report
+	(*SyncRequest_LiveSVIDs)(nil),    // 27: assay.agent.v1.SyncRequest.LiveSVIDs
+	(*SignX509Request_Item)(nil),     // 28: assay.agent.v1.SignX509Request.Item
+	(*SignX509Response_Result)(nil),  // 29: assay.agent.v1.SignX509Response.Result
+	(*SignX509Response_Chain)(nil),   // 30: assay.agent.v1.SignX509Response.Chain
+	(*SignX509Response_Failure)(nil), // 31: assay.agent.v1.SignX509Response.Failure
+	(*timestamppb.Timestamp)(nil),    // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 33: google.protobuf.Duration
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
-	22, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
+	23, // 0: assay.agent.v1.AttestRequest.start:type_name -> assay.agent.v1.AttestRequest.Start
 	2,  // 1: assay.agent.v1.AttestResponse.identity:type_name -> assay.agent.v1.Identity
-	16, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
+	17, // 2: assay.agent.v1.Identity.bundle:type_name -> assay.agent.v1.TrustBundle
 	2,  // 3: assay.agent.v1.RenewResponse.identity:type_name -> assay.agent.v1.Identity
-	23, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
-	24, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
-	25, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
-	31, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
-	14, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
-	16, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	31, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
+	24, // 4: assay.agent.v1.SyncRequest.hello:type_name -> assay.agent.v1.SyncRequest.Hello
+	25, // 5: assay.agent.v1.SyncRequest.ack:type_name -> assay.agent.v1.SyncRequest.Ack
+	26, // 6: assay.agent.v1.SyncRequest.report:type_name -> assay.agent.v1.SyncRequest.Report
+	32, // 7: assay.agent.v1.SyncResponse.committed_at:type_name -> google.protobuf.Timestamp
+	15, // 8: assay.agent.v1.SyncResponse.entries:type_name -> assay.agent.v1.Entry
+	17, // 9: assay.agent.v1.SyncResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	32, // 10: assay.agent.v1.SyncResponse.server_time:type_name -> google.protobuf.Timestamp
 	12, // 11: assay.agent.v1.SyncResponse.pods:type_name -> assay.agent.v1.PodChanges
 	13, // 12: assay.agent.v1.PodChanges.pods:type_name -> assay.agent.v1.Pod
-	15, // 13: assay.agent.v1.Pod.selectors:type_name -> assay.agent.v1.Selector
-	14, // 14: assay.agent.v1.Pod.identity:type_name -> assay.agent.v1.Entry
-	15, // 15: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
-	32, // 16: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
-	31, // 17: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	17, // 18: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
-	27, // 19: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
-	31, // 20: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
-	28, // 21: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
-	16, // 22: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
-	31, // 23: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
-	26, // 24: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
-	31, // 25: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
-	31, // 26: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
-	31, // 27: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
-	29, // 28: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
-	30, // 29: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
-	0,  // 30: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
-	8,  // 31: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
-	10, // 32: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
-	18, // 33: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
-	20, // 34: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
-	1,  // 35: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
-	9,  // 36: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
-	11, // 37: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
-	19, // 38: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
-	21, // 39: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
-	35, // [35:40] is the sub-list for method output_type
-	30, // [30:35] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	16, // 13: assay.agent.v1.Pod.selectors:type_name -> assay.agent.v1.Selector
+	15, // 14: assay.agent.v1.Pod.identity:type_name -> assay.agent.v1.Entry
+	14, // 15: assay.agent.v1.Pod.containers:type_name -> assay.agent.v1.Container
+	16, // 16: assay.agent.v1.Container.selectors:type_name -> assay.agent.v1.Selector
+	16, // 17: assay.agent.v1.Entry.selectors:type_name -> assay.agent.v1.Selector
+	33, // 18: assay.agent.v1.Entry.x509_svid_ttl:type_name -> google.protobuf.Duration
+	32, // 19: assay.agent.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	18, // 20: assay.agent.v1.TrustBundle.x509_authorities:type_name -> assay.agent.v1.Authority
+	28, // 21: assay.agent.v1.SignX509Request.items:type_name -> assay.agent.v1.SignX509Request.Item
+	32, // 22: assay.agent.v1.SignX509Request.replaces_until:type_name -> google.protobuf.Timestamp
+	29, // 23: assay.agent.v1.SignX509Response.results:type_name -> assay.agent.v1.SignX509Response.Result
+	17, // 24: assay.agent.v1.BundleResponse.bundle:type_name -> assay.agent.v1.TrustBundle
+	32, // 25: assay.agent.v1.SyncRequest.Ack.waits_until:type_name -> google.protobuf.Timestamp
+	27, // 26: assay.agent.v1.SyncRequest.Report.live:type_name -> assay.agent.v1.SyncRequest.LiveSVIDs
+	32, // 27: assay.agent.v1.SyncRequest.Report.earliest_expiry:type_name -> google.protobuf.Timestamp
+	32, // 28: assay.agent.v1.SyncRequest.Report.agent_time:type_name -> google.protobuf.Timestamp
+	32, // 29: assay.agent.v1.SyncRequest.LiveSVIDs.latest_expiry:type_name -> google.protobuf.Timestamp
+	30, // 30: assay.agent.v1.SignX509Response.Result.chain:type_name -> assay.agent.v1.SignX509Response.Chain
+	31, // 31: assay.agent.v1.SignX509Response.Result.failure:type_name -> assay.agent.v1.SignX509Response.Failure
+	0,  // 32: assay.agent.v1.Agent.Attest:input_type -> assay.agent.v1.AttestRequest
+	8,  // 33: assay.agent.v1.Agent.Renew:input_type -> assay.agent.v1.RenewRequest
+	10, // 34: assay.agent.v1.Agent.Sync:input_type -> assay.agent.v1.SyncRequest
+	19, // 35: assay.agent.v1.Agent.SignX509:input_type -> assay.agent.v1.SignX509Request
+	21, // 36: assay.agent.v1.Agent.Bundle:input_type -> assay.agent.v1.BundleRequest
+	1,  // 37: assay.agent.v1.Agent.Attest:output_type -> assay.agent.v1.AttestResponse
+	9,  // 38: assay.agent.v1.Agent.Renew:output_type -> assay.agent.v1.RenewResponse
+	11, // 39: assay.agent.v1.Agent.Sync:output_type -> assay.agent.v1.SyncResponse
+	20, // 40: assay.agent.v1.Agent.SignX509:output_type -> assay.agent.v1.SignX509Response
+	22, // 41: assay.agent.v1.Agent.Bundle:output_type -> assay.agent.v1.BundleResponse
+	37, // [37:42] is the sub-list for method output_type
+	32, // [32:37] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
@@ -2227,7 +2299,7 @@ func file_agent_v1_agent_proto_init() {
 		(*SyncRequest_Ack_)(nil),
 		(*SyncRequest_Report_)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[29].OneofWrappers = []any{
 		(*SignX509Response_Result_Chain)(nil),
 		(*SignX509Response_Result_Failure)(nil),
 	}
@@ -2237,7 +2309,7 @@ func file_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

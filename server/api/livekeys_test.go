@@ -1,0 +1,64 @@
+package api
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+func TestLiveKeysAreBoundedByIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLiveKeys(3)
+		one := subject{spiffeid.RequireFromString("spiffe://example.org/assay/agent/k8s_psat/prod/1"), "pod/a"}
+		want := func(s subject, key byte, reason string) {
+			t.Helper()
+			if err := l.reserve(s, [16]byte{key}, time.Now()); err == nil && reason != "" || err != nil && fault.ReasonOf(err) != reason {
+				t.Errorf("key %d: %v, want %q", key, err, reason)
+			}
+		}
+		end := time.Now().Add(time.Hour)
+		want(one, 1, "")
+		l.certified(one, [16]byte{1}, end)
+		want(one, 1, "") // the same once more
+		want(one, 2, "")
+		want(one, 3, "") // never certified
+		want(one, 4, "limit_live_keys")
+		l.certified(one, [16]byte{2}, end.Add(time.Hour))
+		other := one
+		other.item = "pod/b"
+		want(other, 4, "")
+		<-time.After(reserved)
+		want(one, 5, "")
+		l.certified(one, [16]byte{5}, end)
+		want(one, 6, "limit_live_keys")
+		<-time.After(time.Until(end))
+		want(one, 6, "")
+		want(one, 7, "")
+		want(one, 8, "limit_live_keys")
+
+		// One call with many keys gets no more, and who is gone is forgotten.
+		<-time.After(3 * time.Hour)
+		l.sweepAt = 0
+		var all sync.WaitGroup
+		var got sync.Map
+		for i := range 50 {
+			all.Go(func() {
+				if l.reserve(one, [16]byte{byte(i + 20)}, time.Now()) == nil {
+					got.Store(i, true)
+				}
+			})
+		}
+		all.Wait()
+		n := 0
+		got.Range(func(any, any) bool { n++; return true })
+		if n != 3 || len(l.of) != 1 {
+			t.Errorf("%d keys for %d identities: %s", n, len(l.of), fmt.Sprint(l.of))
+		}
+	})
+}
