@@ -31,14 +31,16 @@ import (
 type forged struct {
 	t    *testing.T
 	site *harness.Site
-	key  *ecdsa.PrivateKey
-	leaf *tls.Certificate // nil before it attested
-	conn agentv1.AgentClient
+	// cluster is the name that the server has for the token's.
+	cluster string
+	key     *ecdsa.PrivateKey
+	leaf    *tls.Certificate // nil before it attested
+	conn    agentv1.AgentClient
 }
 
 func newForged(t *testing.T, site *harness.Site) *forged {
 	t.Helper()
-	return &forged{t: t, site: site, key: newKey(t)}
+	return &forged{t: t, site: site, cluster: "test", key: newKey(t)}
 }
 
 func newKey(t *testing.T) *ecdsa.PrivateKey {
@@ -90,7 +92,7 @@ func (f *forged) attest(token string) error {
 	if err != nil {
 		return err
 	}
-	payload, err := proto.Marshal(&agentv1.K8SPsatPayload{Cluster: "test", Token: token})
+	payload, err := proto.Marshal(&agentv1.K8SPsatPayload{Cluster: f.cluster, Token: token})
 	if err != nil {
 		return err
 	}
@@ -127,6 +129,9 @@ func (f *forged) signFor(entryID string, key *ecdsa.PrivateKey) string {
 	leaf, err := x509.ParseCertificate(result.GetChain().GetCertificates()[0])
 	if err != nil {
 		f.t.Fatal(err)
+	}
+	if ou := leaf.Subject.OrganizationalUnit; len(ou) != 1 || ou[0] != f.cluster {
+		f.t.Errorf("the certificate for %s is of cluster %q, want %s", entryID, ou, f.cluster)
 	}
 	return leaf.URIs[0].String()
 }

@@ -36,6 +36,17 @@ type Space struct {
 // NewSpace makes a namespace with a name that the cluster has not yet.
 func (c *Cluster) NewSpace(t testing.TB) *Space {
 	t.Helper()
+	return c.space(t, metav1.ObjectMeta{GenerateName: "test-"})
+}
+
+// Twin makes a namespace of the same name in another cluster.
+func (s *Space) Twin(t testing.TB, c *Cluster) *Space {
+	t.Helper()
+	return c.space(t, metav1.ObjectMeta{Name: s.Namespace})
+}
+
+func (c *Cluster) space(t testing.TB, namespace metav1.ObjectMeta) *Space {
+	t.Helper()
 	s := &Space{Cluster: c, t: t}
 	var err error
 	if s.Core, err = coreclient.NewForConfig(c.Config(c.AdminToken)); err != nil {
@@ -47,7 +58,7 @@ func (c *Cluster) NewSpace(t testing.TB) *Space {
 	if s.roles, err = rbacclient.NewForConfig(c.Config(c.AdminToken)); err != nil {
 		t.Fatal(err)
 	}
-	made, err := s.Core.Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "test-"}}, metav1.CreateOptions{})
+	made, err := s.Core.Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: namespace}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatalf("create a namespace: %v", err)
 	}
