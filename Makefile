@@ -59,6 +59,8 @@ check: generate-check manifests-check lint zlint alerts ## everything that must 
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
 	$(GO) run ./test/bench -bin $(BIN) -o docs/bench-results.md
+	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok
+	$(GO) test -tags 'kube bench' -v -count=1 -timeout 20m -run TestBench ./test/kube
 
 conformance: ## which requirement is proven by which test; also docs/conformance.md
 	$(GO) run ./test/conformance -o docs/conformance.md
