@@ -8,6 +8,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/server/kube"
 )
 
 func TestOneLineIsAWholeConfiguration(t *testing.T) {
@@ -106,7 +107,13 @@ func TestConfigThatCannotBeHonouredIsRefusedWithAWayOut(t *testing.T) {
 		"token life":                {func(c *Config) { c.Attestation.JoinToken.MaxTTL = 1000 * time.Hour }, "attestation.join_token.max_ttl: 1h"},
 		"agent life":                {func(c *Config) { c.Attestation.AgentSVIDTTL = minus }, "attestation.agent_svid_ttl: 12h"},
 		"agent longer than issuer":  {func(c *Config) { c.Attestation.AgentSVIDTTL = 48 * time.Hour }, "ca.issuer_ttl: 96h"},
-		"svid longer than its cap":  {func(c *Config) { c.CA.X509SVIDTTL = 2 * time.Hour }, "ca.max_x509_svid_ttl: 2h"},
+		"a rule beyond the cap": {func(c *Config) {
+			c.Kubernetes.Rules = []kube.Rule{{ServiceAccounts: []string{"*/*"}, X509SVIDTTL: 2 * time.Hour}}
+		}, "4m1s and 1h"},
+		"a rule for a moment": {func(c *Config) {
+			c.Kubernetes.Rules = []kube.Rule{{ServiceAccounts: []string{"*/*"}, X509SVIDTTL: time.Minute}}
+		}, "4m1s and 1h"},
+		"svid longer than its cap": {func(c *Config) { c.CA.X509SVIDTTL = 2 * time.Hour }, "ca.max_x509_svid_ttl: 2h"},
 	} {
 		cfg := Config{TrustDomain: "example.org"}
 		c.change(&cfg)

@@ -234,7 +234,16 @@ func (c Config) checkLives() error {
 	case a.AgentSVIDTTL < 0:
 		return badConfig("attestation.agent_svid_ttl can't be negative: set attestation.agent_svid_ttl: %v", defaultAgentTTL)
 	}
-	return c.CA.Check(a.AgentSVIDTTL)
+	if err := c.CA.Check(a.AgentSVIDTTL); err != nil {
+		return err
+	}
+	for i, rule := range c.Kubernetes.Rules {
+		if ttl := rule.X509SVIDTTL; ttl != 0 && (ttl > c.CA.MaxX509SVIDTTL || c.CA.Backdate >= ttl/2) {
+			return badConfig("kubernetes.rules[%d].x509_svid_ttl is longer than ca.max_x509_svid_ttl or not twice ca.backdate: set it between %v and %v",
+				i, 2*c.CA.Backdate+time.Second, c.CA.MaxX509SVIDTTL)
+		}
+	}
+	return nil
 }
 
 // gid resolves Group; nil when none is set.

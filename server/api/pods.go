@@ -69,11 +69,11 @@ func (s *AgentService) findPod(w *signing, at kube.Place, uid string) error {
 	if err != nil {
 		return err
 	}
-	id, ok := s.cfg.Clusters.Identity(at.Cluster, pod)
+	id, ttl, ok := s.cfg.Clusters.Identity(at.Cluster, pod)
 	if !ok {
-		return fault.New(fault.Denied, "no_identity_from_template", "pods of that namespace get no identity from the template")
+		return fault.New(fault.Denied, "no_identity_from_template", "that pod gets no identity from the template, by kubernetes.rules")
 	}
-	w.entry = registry.Entry{ID: podPrefix + uid, SPIFFEID: id, X509SVIDTTL: s.cfg.Clusters.TTL()}
+	w.entry = registry.Entry{ID: podPrefix + uid, SPIFFEID: id, X509SVIDTTL: ttl}
 	return nil
 }
 
@@ -142,7 +142,7 @@ func (s *syncSession) podMessage(pod *kube.Pod) *agentv1.Pod {
 	for _, c := range pod.Containers {
 		out.Containers = append(out.Containers, &agentv1.Container{Id: c.ID, Selectors: selectorMessages(c.Selectors())})
 	}
-	id, ok := s.clusters.Identity(s.cluster, pod)
+	id, ttl, ok := s.clusters.Identity(s.cluster, pod)
 	if !ok {
 		return out
 	}
@@ -150,7 +150,7 @@ func (s *syncSession) podMessage(pod *kube.Pod) *agentv1.Pod {
 		Id: podPrefix + pod.UID, SpiffeId: id.String(),
 		Selectors: []*agentv1.Selector{{Type: "k8s", Value: "pod-uid:" + pod.UID}},
 	}
-	if ttl := s.clusters.TTL(); ttl > 0 {
+	if ttl > 0 {
 		out.Identity.X509SvidTtl = durationpb.New(ttl)
 	}
 	return out

@@ -1,7 +1,9 @@
 package kube
 
 import (
+	"fmt"
 	"maps"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -28,11 +30,20 @@ type Config struct {
 	// that pods of several may have the same ID. Without it, several clusters
 	// need {cluster} in the template. Default false.
 	NamespaceSameness bool `yaml:"namespace_sameness"`
-	// ExcludeNamespaces are those whose pods get no ID from the template. Default
-	// none.
-	ExcludeNamespaces []string `yaml:"exclude_namespaces"`
-	// X509SVIDTTL is the life of certificates for IDs from the template. Default
-	// ca.x509_svid_ttl.
+	// Rules say which pods get an ID from the template, and for how long. The first
+	// that is for a pod counts; a pod that none is for gets an ID. Default none.
+	Rules []Rule `yaml:"rules"`
+}
+
+// Rule is one of `kubernetes.rules`.
+type Rule struct {
+	// ServiceAccounts are those whose pods the rule is for, as namespace/name; *
+	// in either stands for any characters, as in kube-*/* or */default. Mandatory.
+	ServiceAccounts []string `yaml:"service_accounts"`
+	// NoIdentity keeps the ID from the pods. A last rule for */* that does so makes
+	// the rules before it a list of who gets one. Default false.
+	NoIdentity bool `yaml:"no_identity"`
+	// X509SVIDTTL is the life of their certificates. Default ca.x509_svid_ttl.
 	X509SVIDTTL time.Duration `yaml:"x509_svid_ttl"`
 }
 
@@ -106,8 +117,11 @@ func (c Config) Check(td spiffeid.TrustDomain, reserved string) error {
 	case len(c.Clusters) > 1 && !template.hasCluster() && !c.NamespaceSameness:
 		return bad("kubernetes.clusters has %d clusters whose pods would get the same IDs: put {cluster} into kubernetes.template, as in /cluster/{cluster}%s, or set kubernetes.namespace_sameness: true if a namespace means the same in all of them",
 			len(c.Clusters), defaultTemplate)
-	case c.X509SVIDTTL < 0:
-		return bad("kubernetes.x509_svid_ttl is negative: set it to a life such as 1h, or leave it out")
+	}
+	for i, r := range c.Rules {
+		if err := r.check(fmt.Sprintf("kubernetes.rules[%d]", i)); err != nil {
+			return err
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
 		cluster, key := c.Clusters[name], "kubernetes.clusters."+name
@@ -134,6 +148,36 @@ func (c Config) Check(td spiffeid.TrustDomain, reserved string) error {
 		}
 	}
 	return nil
+}
+
+// What a rule's pattern may hold on either side of its slash.
+var pattern = regexp.MustCompile(`^[a-z0-9*-]+/[a-z0-9.*-]+$`)
+
+func (r Rule) check(key string) error {
+	switch {
+	case len(r.ServiceAccounts) == 0:
+		return bad("%s.service_accounts is missing: say whose pods the rule is for, such as [kube-system/*]", key)
+	case r.X509SVIDTTL < 0 || r.NoIdentity && r.X509SVIDTTL != 0:
+		return bad("%s has a life that is negative, or for no identity: set x509_svid_ttl: 1h, or leave it out", key)
+	}
+	for _, one := range r.ServiceAccounts {
+		if !pattern.MatchString(one) {
+			return bad("%s.service_accounts has an item that is not namespace/name: write it as shop/web, kube-*/* or */default", key)
+		}
+	}
+	return nil
+}
+
+// rule is the one that counts for a pod; the zero one if there is none.
+func (c Config) rule(p *Pod) Rule {
+	for _, r := range c.Rules {
+		for _, one := range r.ServiceAccounts {
+			if ok, err := path.Match(one, p.Namespace+"/"+p.ServiceAccount); ok && err == nil {
+				return r
+			}
+		}
+	}
+	return Rule{}
 }
 
 func bad(format string, args ...any) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -91,18 +90,16 @@ type Template struct {
 	parts    []string
 }
 
-// Identity is what a pod gets from the template, without an entry. There is none
-// for pods of namespaces that are excluded.
-func (c *Clusters) Identity(cluster string, p *Pod) (spiffeid.ID, bool) {
-	if slices.Contains(c.cfg.ExcludeNamespaces, p.Namespace) {
-		return spiffeid.ID{}, false
+// Identity is what a pod gets from the template, without an entry, and how long
+// its certificates live; zero: as long as others. Rules keep it from pods.
+func (c *Clusters) Identity(cluster string, p *Pod) (id spiffeid.ID, ttl time.Duration, ok bool) {
+	rule := c.cfg.rule(p)
+	if rule.NoIdentity {
+		return spiffeid.ID{}, 0, false
 	}
 	id, err := c.template.id(cluster, p)
-	return id, err == nil
+	return id, rule.X509SVIDTTL, err == nil
 }
-
-// TTL of the certificates for identities from the template; zero: the usual.
-func (c *Clusters) TTL() time.Duration { return c.cfg.X509SVIDTTL }
 
 // CheckEntry refuses an entry whose ID pods get from the template, unless its
 // selectors say the same namespace and ServiceAccount: it would give a pod the

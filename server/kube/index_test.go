@@ -270,7 +270,12 @@ func TestTemplates(t *testing.T) {
 		"that mean the same":        {Config{Clusters: two, NamespaceSameness: true}, true},
 		"told apart":                {Config{Clusters: two, Template: "/{cluster}/ns/{namespace}/sa/{service_account}"}, true},
 		"a reserved template":       {Config{Template: "/assay/{namespace}/{service_account}"}, false},
-		"a negative life":           {Config{X509SVIDTTL: -1}, false},
+		"a negative life":           {Config{Rules: []Rule{{ServiceAccounts: []string{"a/b"}, X509SVIDTTL: -1}}}, false},
+		"a life of no identity":     {Config{Rules: []Rule{{ServiceAccounts: []string{"a/b"}, NoIdentity: true, X509SVIDTTL: 1}}}, false},
+		"a rule for nobody":         {Config{Rules: []Rule{{NoIdentity: true}}}, false},
+		"a rule for half a name":    {Config{Rules: []Rule{{ServiceAccounts: []string{"kube-system"}}}}, false},
+		"a rule of a pattern":       {Config{Rules: []Rule{{ServiceAccounts: []string{"[a-z]/x"}}}}, false},
+		"rules":                     {Config{Rules: []Rule{{ServiceAccounts: []string{"kube-*/*", "*/default", "shop/web.1"}}}}, true},
 		"none":                      {Config{}, true},
 	} {
 		if err := tc.cfg.WithDefaults().Check(example, "/assay/"); (err == nil) != tc.ok {
@@ -280,12 +285,20 @@ func TestTemplates(t *testing.T) {
 }
 
 func TestIdentitiesFromTheTemplate(t *testing.T) {
-	c := clustersOf(t, Config{Template: "/{namespace}/{cluster}/{service_account}", ExcludeNamespaces: []string{"kube-system"}})
-	for namespace, want := range map[string]string{"shop": "spiffe://example.org/shop/prod/web", "kube-system": "", "assay": ""} {
+	c := clustersOf(t, Config{Template: "/{namespace}/{cluster}/{service_account}", Rules: []Rule{
+		{ServiceAccounts: []string{"kube-*/*"}, NoIdentity: true},
+		{ServiceAccounts: []string{"bank/x", "bank/w*"}, X509SVIDTTL: time.Minute},
+		{ServiceAccounts: []string{"shop/web", "assay/*", "bank/*"}},
+		{ServiceAccounts: []string{"*/*"}, NoIdentity: true},
+	}})
+	for namespace, want := range map[string]string{
+		"shop": "spiffe://example.org/shop/prod/web", "bank": "spiffe://example.org/bank/prod/web", "kube-system": "", "assay": "", "else": "",
+	} {
 		p := newPod(pod("1", "u", "a"))
 		p.Namespace = namespace
-		if id, ok := c.Identity("prod", p); ok != (want != "") || ok && id.String() != want {
-			t.Errorf("%s: %v %v, want %q", namespace, id, ok, want)
+		id, ttl, ok := c.Identity("prod", p)
+		if ok != (want != "") || ok && id.String() != want || (ttl == time.Minute) != (namespace == "bank") {
+			t.Errorf("%s: %v %v %v, want %q", namespace, id, ttl, ok, want)
 		}
 	}
 	for id, want := range map[string]Fields{"/shop/prod/web": {"prod", "shop", "web"}, "/shop/web": {}, "/a/b/c/d": {}} {
