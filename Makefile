@@ -54,7 +54,7 @@ long: need-gcc need-strace ## the suites that take longer: endurance, kill point
 
 check: generate-check manifests-check lint zlint alerts ## everything that must hold before a commit
 	$(GO) vet ./...
-	$(GO) vet -tags 'e2e kube long root' ./...
+	$(GO) vet -tags 'e2e kube bench long root' ./...
 	$(MAKE) test
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
@@ -114,7 +114,7 @@ docs: ## docs/reference from the source; make test says when that is due
 
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff
-	$(TOOLS)/golangci-lint run --build-tags 'e2e kube long root' ./...
+	$(TOOLS)/golangci-lint run --build-tags 'e2e kube bench long root' ./...
 
 fmt: $(TOOLS)/golangci-lint
 	$(TOOLS)/golangci-lint fmt
