@@ -70,7 +70,14 @@ func (a *Agent) Start(token Token, env ...string) *Agent {
 // before.
 func (a *Agent) Launch(token Token, env ...string) {
 	a.site.tb.Helper()
-	config := a.site.Write(a.name+".yaml", fmt.Sprintf(`trust_domain: %s
+	a.Process = Start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", a.Configure(token))
+}
+
+// Configure writes the agent's configuration and returns its path; an empty
+// token means the one of before.
+func (a *Agent) Configure(token Token) string {
+	a.site.tb.Helper()
+	return a.site.Write(a.name+".yaml", fmt.Sprintf(`trust_domain: %s
 server:
   addresses: [127.0.0.1:%d]
 %ssockets:
@@ -80,7 +87,6 @@ run_dir: %s
 metrics:
   listen: 127.0.0.1:%d
 %s`, a.site.TrustDomain, a.ServerPort, a.evidence(token), a.site.File(a.name+"/pub"), a.site.File(a.name+"/data"), a.RunDir(), a.Ops, a.More))
-	a.Process = Start(a.site.tb, a.site.File(a.name+".log"), env, a.site.bin("assay-agent"), "run", "--config", config)
 }
 
 // evidence is how the agent knows its server and proves itself to it.

@@ -16,12 +16,19 @@ import (
 // agent starts the agent of a node, with the token of its pod there.
 func (s *Space) agent(t testing.TB, site *harness.Site, node *corev1.Node, cgroupRoot string) *harness.Agent {
 	t.Helper()
+	a, _ := s.newAgent(t, site, node, cgroupRoot)
+	return a.Start(harness.Token{})
+}
+
+// newAgent is an agent that can be started, and its pod.
+func (s *Space) newAgent(t testing.TB, site *harness.Site, node *corev1.Node, cgroupRoot string) (*harness.Agent, *corev1.Pod) {
+	t.Helper()
 	pod := s.Run(Pod{Name: "agent-" + node.Name, Node: node.Name, Account: "assay-agent"})
 	a := site.NewAgent("agent-" + node.Name)
 	a.Cluster, a.TokenFile = "test", site.Write(node.Name+".token", s.Token("assay-agent", audience, pod))
 	a.More = "attestation:\n  k8s:\n    cgroup_root: " + cgroupRoot + "\n"
 	a.ID = "spiffe://example.org/assay/agent/k8s_psat/test/" + string(node.UID)
-	return a.Start(harness.Token{})
+	return a, pod
 }
 
 // A pod has its identity by namespace and ServiceAccount without an entry, with

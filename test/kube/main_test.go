@@ -18,10 +18,31 @@ var cluster *Cluster
 // bins has the programs of this project.
 var bins string
 
-func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == workloadArg {
-		os.Exit(playWorkload(os.Args[2]))
+// play is another program if the arguments name one.
+func play(args []string) {
+	if len(args) < 2 {
+		return
 	}
+	var err error
+	switch args[0] {
+	case workloadArg:
+		os.Exit(playWorkload(args[1]))
+	case guardArg:
+		err = playGuard(args[1])
+	case runtimeArg:
+		err = playRuntime(tree(args[1]), args[2], args[3])
+	default:
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func TestMain(m *testing.M) {
+	play(os.Args[1:])
 	var program harness.Program
 	code := 1
 	if err := program.Run(func() {
