@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -167,7 +168,8 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 	}
 	if was := c.pods[from.GetUid()]; was == nil || !bytes.Equal(was.wire, p.wire) {
 		c.pods[from.GetUid()] = p
-		for g := range c.groupsBy[podSelector(from.GetUid())] {
+		// The index that says which they are changes with each.
+		for _, g := range slices.Collect(maps.Keys(c.groupsBy[podSelector(from.GetUid())])) {
 			c.rejudge(g)
 		}
 		for e := range c.parked {
