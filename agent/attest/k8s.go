@@ -15,6 +15,10 @@ type K8SConfig struct {
 	// /proc/<pid>/cgroup: "/" unless the kubelet has a --cgroup-root or runs in
 	// a container, as in kind. Default /.
 	CgroupRoot string `yaml:"cgroup_root"`
+	// HostCgroups is where the host's /sys/fs/cgroup is mounted in the agent's
+	// container, which need not be privileged then. It may be mounted read-only.
+	// Default none: the agent sees cgroups as the host does.
+	HostCgroups string `yaml:"host_cgroups"`
 }
 
 // WithDefaults returns c with its zero fields filled.
@@ -37,6 +41,7 @@ type Pods interface {
 // the container are, Pods say; that may change.
 type K8S struct {
 	root string
+	view cgroup.View
 	pods Pods
 }
 
@@ -45,7 +50,14 @@ func NewK8S(cfg K8SConfig, pods Pods) (*K8S, error) {
 	if err := cgroup.CheckRoot(cfg.CgroupRoot); err != nil {
 		return nil, fault.Wrap(fault.Precondition, err, "config_invalid", "attestation.k8s.cgroup_root: "+fault.SafeText(err))
 	}
-	return &K8S{root: cfg.CgroupRoot, pods: pods}, nil
+	k := &K8S{root: cfg.CgroupRoot, pods: pods}
+	if cfg.HostCgroups != "" {
+		var err error
+		if k.view, err = cgroup.OpenView(cfg.HostCgroups); err != nil {
+			return nil, err
+		}
+	}
+	return k, nil
 }
 
 // host stands for a process of the node that is in no pod.
@@ -53,7 +65,7 @@ var host = selector.NewSet(selector.Selector{Type: "k8s", Value: "host:true"})
 
 // Selectors implements Source.
 func (k *K8S) Selectors(ctx context.Context, p Process) (selector.Set, error) {
-	owner, err := cgroup.Find(p.Cgroup, k.root)
+	owner, err := k.view.Find(p.Cgroup, k.root)
 	switch {
 	case err != nil:
 		return nil, err

@@ -19,12 +19,11 @@
 //  3. All hierarchies that say something must say the same, and one of those that
 //     runtimes always use must be among them.
 //
-// The agent has to see cgroups as the host does. In a cgroup namespace of its own
-// the kernel gives paths relative to the agent's cgroup, /../../pod…, with the
-// names above left out: where such a path hangs can't be known from it, so it is
-// refused. Runtimes make such a namespace for containers that aren't privileged
-// on hosts with cgroup v2. Where kubelet and agent share a namespace below the
-// host's, as in the nodes of kind, its paths are complete.
+// In a cgroup namespace of its own, as runtimes make it on hosts with cgroup v2
+// for containers that aren't privileged, the kernel gives the agent paths relative
+// to its own cgroup, /../../pod…, with the names above left out. A View puts them
+// back; without one such a path is refused. Where kubelet and agent share a
+// namespace below the host's, as in the nodes of kind, its paths are complete.
 package cgroup
 
 import (
@@ -54,8 +53,8 @@ type Owner struct {
 // A process that can't be told for sure is refused, as a fault of kind Denied
 // whose text names the rule and no path: cgroup_malformed, cgroup_namespace,
 // cgroup_unknown or cgroup_conflict.
-func Find(content, root string) (Owner, error) {
-	memberships, err := parse(content)
+func (v View) Find(content, root string) (Owner, error) {
+	memberships, err := v.parse(content)
 	if err != nil {
 		return Owner{}, err
 	}

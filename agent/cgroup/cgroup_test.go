@@ -69,7 +69,7 @@ func TestCorpus(t *testing.T) {
 			if err := CheckRoot(e.root); err != nil {
 				t.Fatal(err)
 			}
-			got, err := Find(e.content, e.root)
+			got, err := View{}.Find(e.content, e.root)
 			if got != e.want {
 				t.Errorf("owner %+v, want %+v (%v)", got, e.want, err)
 			}
@@ -122,7 +122,7 @@ func TestContentThatNoKernelWrites(t *testing.T) {
 		"digits that look alike":   {"0::" + strings.Replace(container, "3f9c", "３9c", 1) + "\n", "cgroup_unknown"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := Find(c.content, "/")
+			got, err := View{}.Find(c.content, "/")
 			if got != (Owner{}) {
 				t.Errorf("owner %+v", got)
 			}
@@ -139,7 +139,7 @@ func TestHierarchiesThatVouch(t *testing.T) {
 		"1:name=app": false, "1:cpuacct": false, "1:cpuset": false, "1:freezer": false, "1:net_cls,net_prio": false,
 		"1:name=memory": false, "1:name=app.memory": false,
 	} {
-		got, err := Find(hierarchy+":"+container+"\n2:devices:/\n", "/")
+		got, err := View{}.Find(hierarchy+":"+container+"\n2:devices:/\n", "/")
 		if (got != Owner{}) != vouches {
 			t.Errorf("%s: owner %+v, %v", hierarchy, got, err)
 		}

@@ -36,7 +36,7 @@ func FuzzFind(f *testing.F) {
 		if CheckRoot(root) != nil {
 			return
 		}
-		owner, err := Find(content, root)
+		owner, err := View{}.Find(content, root)
 		if owner == (Owner{}) {
 			return
 		}
@@ -47,7 +47,7 @@ func FuzzFind(f *testing.F) {
 			t.Fatalf("%+v in another form", owner)
 		}
 		changed := deeper(t, content, root, below, where)
-		again, err := Find(changed, root)
+		again, err := View{}.Find(changed, root)
 		switch {
 		case again != owner && again != Owner{}:
 			t.Fatalf("%+v became %+v with\n%s", owner, again, changed)
@@ -61,7 +61,7 @@ func FuzzFind(f *testing.F) {
 // hierarchies that name a container and whose bit is set.
 func deeper(t *testing.T, content, root, below string, where uint64) string {
 	t.Helper()
-	memberships, err := parse(content)
+	memberships, err := View{}.parse(content)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -182,7 +182,7 @@ func TestRealCgroups(t *testing.T) {
 		if c.path != "" {
 			move(t, pid, mounts, root+c.path)
 		}
-		got, err := Find(list(t, pid), root)
+		got, err := View{}.Find(list(t, pid), root)
 		if got != c.want {
 			t.Errorf("%s: owner %+v, want %+v (%v)", c.name, got, c.want, err)
 		}
@@ -204,7 +204,7 @@ func TestRealCgroups(t *testing.T) {
 		t.Fatalf("this is not what the kernel is expected to show:\n%s", content)
 	}
 	for _, root := range []string{root, "/"} {
-		got, err := Find(string(content), root)
+		got, err := View{}.Find(string(content), root)
 		if got != (Owner{}) {
 			t.Errorf("owner %+v", got)
 		}

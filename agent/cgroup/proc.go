@@ -38,7 +38,7 @@ func (m membership) vouches() bool {
 
 // parse reads the content of /proc/<pid>/cgroup: lines of
 // hierarchy:controllers:path. No name holds a line feed, the kernel sees to that.
-func parse(content string) ([]membership, error) {
+func (v View) parse(content string) ([]membership, error) {
 	if len(content) > maxContent || strings.IndexByte(content, 0) >= 0 {
 		return nil, errMalformed()
 	}
@@ -54,6 +54,9 @@ func parse(content string) ([]membership, error) {
 		m.path, whole = strings.CutSuffix(fields[2], "\n")
 		if !whole || !number(id) || slices.Contains(seen, id) || (id == "0") != (m.controllers == "") {
 			return nil, errMalformed()
+		}
+		if m.controllers == "" {
+			m.path = v.absolute(m.path)
 		}
 		if err := checkPath(m.path); err != nil {
 			return nil, err
@@ -83,7 +86,7 @@ func checkPath(path string) error {
 		return nil
 	case below == ".." || strings.HasPrefix(below, "../"):
 		return fault.New(fault.Denied, "cgroup_namespace",
-			"the agent sees cgroups from inside a cgroup namespace of its own, so this process's are not known: run the agent's container privileged, or on the host")
+			"the agent sees cgroups from inside a cgroup namespace of its own, so this process's are not known: mount the host's /sys/fs/cgroup and name it in attestation.k8s.host_cgroups, or run the agent's container privileged")
 	}
 	for name := range strings.SplitSeq(below, "/") {
 		if name == "" || name == "." || name == ".." {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,18 +19,24 @@ import (
 // The agent serves containers from one of its own, out of its image, in the
 // namespaces that a pod of the host's PID namespace has. In version 2 of cgroups
 // runtimes give a container a cgroup namespace, unless it is privileged: from
-// there the agent can't tell pods, and says so.
+// there the agent tells pods by the host's cgroups, if they are mounted, and says
+// so if it can't.
 func TestAgentInAContainer(t *testing.T) {
 	dir := images(t)
+	own := []string{"--with-ns", "cgroup:"}
 	for name, c := range map[string]struct {
-		tree  tree
-		flags []string
-		works bool
+		tree    tree
+		flags   []string
+		mounted bool // the host's cgroups
+		works   bool
 	}{
-		"v1":                                {treeV1, nil, true},
-		"hybrid":                            {treeHybrid, nil, true},
-		"v2":                                {treeV2, nil, true},
-		"v2, a cgroup namespace of its own": {treeV2, []string{"--with-ns", "cgroup:"}, false},
+		"v1":                                {treeV1, nil, false, true},
+		"v1, mounted":                       {treeV1, nil, true, true},
+		"hybrid":                            {treeHybrid, nil, false, true},
+		"v2":                                {treeV2, nil, false, true},
+		"v2, mounted":                       {treeV2, nil, true, true},
+		"v2, a cgroup namespace of its own": {treeV2, own, false, false},
+		"v2, that and mounted":              {treeV2, own, true, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, r := cluster.NewSpace(t), NewRuntime(t, c.tree)
@@ -39,12 +46,20 @@ func TestAgentInAContainer(t *testing.T) {
 			s.Account("web")
 			site := s.site(t, "")
 			a, pod := s.newAgent(t, site, node, r.Root)
+			flags := slices.Clone(c.flags)
+			if c.mounted {
+				a.More += "    host_cgroups: /host/sys/fs/cgroup\n"
+				flags = append(flags, "--mount", "type=bind,src=/sys/fs/cgroup,dst=/host/sys/fs/cgroup,options=rbind:ro")
+			}
+			for _, dropped := range defaultCapabilities {
+				flags = append(flags, "--cap-drop", dropped)
+			}
 			a.More += "  require_host_pid: true\n"
 			config := a.Configure(harness.Token{})
 			running := r.Run(Container{
 				Image:  agentImage,
 				Cgroup: cgroupfsDriver(pod, "besteffort"),
-				Flags: append(c.flags, "--read-only", "--cap-add", "CAP_SYS_PTRACE",
+				Flags: append(flags, "--read-only", "--cap-add", "CAP_SYS_PTRACE",
 					"--with-ns", hostNamespace("pid"), "--with-ns", hostNamespace("net"),
 					"--mount", fmt.Sprintf("type=bind,src=%s,dst=%[1]s,options=rbind:rw", filepath.Dir(config))),
 				Args: []string{"/assay-agent", "run", "--config", config},
@@ -65,6 +80,13 @@ func TestAgentInAContainer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// defaultCapabilities are those that a container has unless somebody says
+// otherwise. The chart takes them from the agent.
+var defaultCapabilities = []string{
+	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD", "CAP_NET_BIND_SERVICE",
+	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
 }
 
 // hostNamespace is the test's own, for ctr's --with-ns.

@@ -46,6 +46,7 @@ and rights go by it. */}}
   "k8s_psat" (dict "cluster" .Values.cluster "token_file" "/var/run/secrets/assay/token")
   "sockets" (dict "dir" .Values.agent.socketDir)
   "metrics" (dict "listen" ":9403")
+  "attestation" (dict "k8s" (dict "host_cgroups" "/host/sys/fs/cgroup"))
   "data_dir" .Values.agent.dataDir
   "run_dir" (printf "%s/cache" .Values.agent.runDir) }}
 {{- /* This one can be set otherwise: a node that is a container itself has no host. */}}
