@@ -35,6 +35,7 @@ type RestoreReport struct {
 	TakenAt  time.Time // the moment that was gone back to
 	Revision int64     // of the store from now on
 	Root     string    // that signs
+	Prepared string    // that was about to; empty: none was
 	Sequence uint64    // of the bundle
 	Agents   registry.Restored
 	Since    Since // what is lost, as far as the audit log tells
@@ -97,21 +98,23 @@ func (j *restoring) makeRoom() (err error) {
 
 // restoring is one run of Restore.
 type restoring struct {
-	cfg    Config
-	req    RestoreRequest
-	deps   Deps
-	seal   keys.SealKey
-	work   string
-	report RestoreReport
+	cfg  Config
+	req  RestoreRequest
+	deps Deps
+	seal keys.SealKey
+	work string
+	// history is what the audit log tells.
+	history history
+	report  RestoreReport
 }
 
 func (j *restoring) run(ctx context.Context, src source) (err error) {
-	if j.report.Since, err = readSince(j.cfg.Audit.Path, src.moment.Revision); err != nil {
+	if j.history, err = readHistory(j.cfg.Audit.Path, src.moment.Revision); err != nil {
 		return err
 	}
 	// Above every revision that the audit log knows, else it would refuse the
 	// store that is to come.
-	at := store.Moment{Revision: max(src.moment.Revision, j.report.Since.Revision), Time: src.moment.Time}
+	at := store.Moment{Revision: max(src.moment.Revision, j.history.reached), Time: src.moment.Time}
 	if err := store.Load(store.BoltConfig{Dir: j.work}, at, src.records); err != nil {
 		return fmt.Errorf("load the store: %w", err)
 	}
@@ -140,8 +143,14 @@ func (j *restoring) makeFit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	j.report.Since = j.history.of(roots.States)
 	if err := j.checkRoots(roots); err != nil {
 		return err
+	}
+	for id, state := range roots.States {
+		if state == ca.Prepared {
+			j.report.Prepared = id
+		}
 	}
 	j.report.Agents, err = registry.Restore(ctx, registry.RestoreOptions{
 		TrustDomain: td, ReservedPrefix: j.cfg.prefix(), Store: kv, After: j.report.Since.Acts,

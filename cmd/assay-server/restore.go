@@ -100,9 +100,12 @@ func writeReport(w io.Writer, r server.RestoreReport, check bool) error {
 	if r.Kept != "" {
 		fmt.Fprintf(&b, "  store before         %s\n", r.Kept)
 	}
+	if r.Prepared != "" {
+		fmt.Fprintf(&b, "a root was about to take over, %s: a rotation that was under way goes on when the server starts; see assay root status, and assay root abort\n", r.Prepared)
+	}
 	ids(&b, "agents that are banned", r.Agents.Bans)
 	if !r.Since.Complete {
-		b.WriteString("the audit log does not reach back to then, or there is none: more bans, entries and roots may have changed since than is told here; look at each\n")
+		b.WriteString("the audit log does not tell of all the time since then, or there is none: more bans, entries and roots may have changed since than is told here; look at each\n")
 	}
 	ids(&b, "banned since, and banned again", r.Agents.Banned)
 	ids(&b, "evicted since, and evicted again", r.Agents.Evicted)
