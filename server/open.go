@@ -110,7 +110,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	}
 	if r.registry, err = registry.Open(ctx, registry.Options{
 		TrustDomain: td, ReservedPrefix: s.cfg.prefix(), RejoinWindow: *s.cfg.Attestation.RejoinWindow,
-		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, NewEntry: s.newEntry(r.clusters), Clock: r.clock, Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
+		MaxX509SVIDTTL: s.cfg.CA.MaxX509SVIDTTL, AgentSVIDTTL: s.cfg.Attestation.AgentSVIDTTL, NewEntry: s.newEntry(r.clusters), Clock: r.clock, Store: r.store, Log: s.deps.Log, Registerer: s.deps.Registerer,
 	}); err != nil {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}

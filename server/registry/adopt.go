@@ -55,3 +55,17 @@ func (r *Registry) adoptable(a *Agent, shown Shown) error {
 	}
 	return r.CheckKey(a.ID, shown.KeyHash)
 }
+
+// until is when the last certificate may end that the agent may act under. One
+// that it renewed before the store was restored, and that the record does not
+// know, ends within an agent certificate's life of that.
+func (r *Registry) until(a *Agent) time.Time {
+	end, restored := a.Ends(), fromMillis(r.restored.RestoredAt)
+	if restored.IsZero() || a.AttestedAt.After(restored) {
+		return end
+	}
+	if unknown := restored.Add(r.agentTTL); unknown.After(end) {
+		return unknown
+	}
+	return end
+}

@@ -35,6 +35,9 @@ type Report struct {
 // speaks again.
 type AgentStatus struct {
 	Agent
+	// Until is when the last certificate may end that the agent may act under:
+	// that is later than its record says where one may be adopted.
+	Until                time.Time
 	Connected            bool
 	LastSeen             time.Time
 	AcknowledgedSequence uint64
@@ -193,7 +196,7 @@ func (r *Registry) Fleet() []AgentStatus {
 	recorded := make(map[spiffeid.ID]bool, len(agents))
 	for i, agent := range agents {
 		recorded[agent.ID] = true
-		list[i].Agent = agent
+		list[i].Agent, list[i].Until = agent, r.until(&agent)
 		if a := f.agents[agent.ID]; a != nil {
 			list[i].fill(a)
 		}

@@ -33,7 +33,8 @@ type server struct {
 
 func options(kv store.KV) registry.Options {
 	return registry.Options{
-		TrustDomain: td, ReservedPrefix: "/assay/", RejoinWindow: 7 * 24 * time.Hour, MaxX509SVIDTTL: time.Hour,
+		AgentSVIDTTL: 12 * time.Hour,
+		TrustDomain:  td, ReservedPrefix: "/assay/", RejoinWindow: 7 * 24 * time.Hour, MaxX509SVIDTTL: time.Hour,
 		Store: kv, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Registerer: prometheus.NewRegistry(),
 	}
 }

@@ -46,6 +46,8 @@ type Options struct {
 	// with its key; it also bounds the retry of a token. Zero: neither.
 	RejoinWindow   time.Duration
 	MaxX509SVIDTTL time.Duration
+	// AgentSVIDTTL is the life of agents' certificates.
+	AgentSVIDTTL time.Duration
 	// NewEntry, if it is set, judges each entry as it is to be from now on; those
 	// that are there stay.
 	NewEntry Guard
@@ -67,6 +69,7 @@ type Registry struct {
 	store        store.KV
 	log          *slog.Logger
 	rejoinWindow time.Duration
+	agentTTL     time.Duration
 	epoch        string
 	restored     restoredRecord // zero: never was
 	mirror       *mirror
@@ -92,6 +95,7 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		store:        o.Store,
 		log:          o.Log,
 		rejoinWindow: o.RejoinWindow,
+		agentTTL:     o.AgentSVIDTTL,
 		clock:        o.Clock,
 		mirror:       newMirror(configured, changesKept),
 		fleet:        newFleet(),

@@ -235,3 +235,32 @@ func TestOfTwoWhoAreAdoptedAtOnceTheNewestIsLeft(t *testing.T) {
 		t.Errorf("active is %s", got.ActiveSerial)
 	}
 }
+
+// An agent that may come with a certificate that the record does not know counts
+// for as long as one can be valid: a rotation waits for it.
+func TestAnAgentThatMayBeAdoptedCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, t.TempDir())
+		agent := join(t, s.Registry, key(1))
+		issued(t, s.Registry, agent, "01", key(1))
+		use(t, s.Registry, agent, "01")
+		if st := s.Fleet()[0]; !st.Until.Equal(st.Ends()) {
+			t.Errorf("without a restore it counts until %v, and its certificate ends at %v", st.Until, st.Ends())
+		}
+		takenAt := time.Now()
+		<-time.After(20 * time.Hour)
+		lost := unrecorded("03", key(3), time.Now())
+		<-time.After(time.Hour)
+		s, _ = s.restored(t, takenAt)
+		<-time.After(2 * time.Hour) // it was cut off
+		if st := s.Fleet()[0]; st.Until.Before(lost.NotAfter) || st.Until.After(lost.NotAfter.Add(time.Hour)) {
+			t.Errorf("it counts until %v, and what it has ends at %v", st.Until, lost.NotAfter)
+		}
+		if err := s.CheckAgent(agent, lost); err != nil {
+			t.Error(err)
+		}
+		if err := s.stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

@@ -60,7 +60,7 @@ func (w World) dated(waits []Wait) []Wait {
 
 // notServed says why an agent and its workloads may not have root yet.
 func (w World) notServed(a *registry.AgentStatus, root ca.Root) (why string, until time.Time) {
-	gone := a.Ends().Add(w.MaxTTL)
+	gone := w.gone(a)
 	switch {
 	case a.AcknowledgedSequence < root.Published:
 		return "has not acknowledged the new root" + w.whereabouts(a), gone
@@ -129,7 +129,16 @@ func (w World) holds(a *registry.AgentStatus, root ca.Root) (why string, until t
 // counts says whether an agent has to be waited for: not if it is banned, and
 // not if nothing that it handed out can be valid any more.
 func (w World) counts(a *registry.AgentStatus) bool {
-	return !a.Banned && a.Ends().Add(w.MaxTTL).After(w.Now)
+	return !a.Banned && w.gone(a).After(w.Now)
+}
+
+// gone is when nothing that the agent handed out can be valid any more.
+func (w World) gone(a *registry.AgentStatus) time.Time {
+	end := a.Ends()
+	if a.Until.After(end) {
+		end = a.Until
+	}
+	return end.Add(w.MaxTTL)
 }
 
 func (w World) whereabouts(a *registry.AgentStatus) string {
