@@ -31,10 +31,12 @@ type liveKeys struct {
 	sweepAt int
 }
 
-// subject is an entry, or a pod's identity, as one agent has it.
+// subject is an entry, or a pod's identity, as one agent has it. An entry that was
+// changed needs new certificates, and is another subject.
 type subject struct {
-	agent spiffeid.ID
-	item  string
+	agent    spiffeid.ID
+	item     string
+	revision int64
 }
 
 type liveKey struct {

@@ -15,7 +15,7 @@ import (
 func TestLiveKeysAreBoundedByIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLiveKeys(3)
-		one := subject{spiffeid.RequireFromString("spiffe://example.org/assay/agent/k8s_psat/prod/1"), "pod/a"}
+		one := subject{spiffeid.RequireFromString("spiffe://example.org/assay/agent/k8s_psat/prod/1"), "pod/a", 0}
 		want := func(s subject, key byte, reason string) {
 			t.Helper()
 			if err := l.reserve(s, [16]byte{key}, time.Now()); err == nil && reason != "" || err != nil && fault.ReasonOf(err) != reason {
@@ -33,6 +33,9 @@ func TestLiveKeysAreBoundedByIdentity(t *testing.T) {
 		other := one
 		other.item = "pod/b"
 		want(other, 4, "")
+		changed := one
+		changed.revision++
+		want(changed, 4, "")
 		<-time.After(reserved)
 		want(one, 5, "")
 		l.certified(one, [16]byte{5}, end)

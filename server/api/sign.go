@@ -98,7 +98,7 @@ func (s *AgentService) prepare(agent spiffeid.ID, item *agentv1.SignX509Request_
 	}
 	if w.err == nil && w.cluster != "" {
 		if w.sum, w.err = keySum(w.key); w.err == nil {
-			w.err = s.keys.reserve(subject{agent, w.entry.ID}, w.sum, time.Now())
+			w.err = s.keys.reserve(subject{agent, w.entry.ID, w.entry.Revision}, w.sum, time.Now())
 		}
 	}
 	return w
@@ -150,7 +150,7 @@ func (s *AgentService) sign(ctx context.Context, agent spiffeid.ID, work []signi
 	for i, svid := range svids {
 		w := &work[of[i]]
 		if w.chain, w.err = svid.Chain, svid.Err; w.err == nil && w.cluster != "" {
-			s.keys.certified(subject{agent, w.entry.ID}, w.sum, svid.NotAfter)
+			s.keys.certified(subject{agent, w.entry.ID, w.entry.Revision}, w.sum, svid.NotAfter)
 		}
 	}
 	return nil
