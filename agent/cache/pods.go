@@ -174,6 +174,7 @@ func (c *Cache) putPod(ctx context.Context, from *agentv1.Pod) {
 		}
 		for e := range c.parked {
 			if p.has(e.ofPods) {
+				e.attempted = false // who comes now waits for it
 				c.enqueue(e)
 			}
 		}

@@ -304,8 +304,14 @@ func TestACallerWaitsForItsContainerIfAnEntryGoesByIt(t *testing.T) {
 		wantPaths(t, other, "ns/bank/sa/db")
 		wantPaths(t, proxy, "!container_unknown")
 		wantPaths(t, app, "!container_unknown")
+		// What it gets first is all that it may have.
+		hold := make(chan struct{})
+		f.with(func() { f.hold = hold })
 		f.run(withContainer(pod("1", "shop", "web"), "aa", "container-name:proxy", "container-image:proxy:1"))
 		synctest.Wait()
+		wantPaths(t, proxy, "!svid_pending")
+		f.with(func() { f.hold = nil })
+		close(hold)
 		<-proxy.Changed()
 		wantPaths(t, proxy, "ns/shop/sa/web", "proxy")
 		// It waits no longer: what it is may come later, or never.
