@@ -16,9 +16,11 @@
 //     key and SVID along at once.
 //  3. Sign (sign.go): entries without a good SVID go to the server in batches,
 //     those that a workload waits for first. A renewal makes a new key.
-//  4. Serve (subscribe.go): subscriptions with the same selectors share one
-//     group; a group computes its snapshot once per change and tells its
-//     subscribers only when the result is another.
+//  4. Serve (subscribe.go): subscriptions of which the attestor says the same
+//     share one group; to what the kernel says of a process in a pod, the server's
+//     word on pod and container is added (pods.go). A group computes its
+//     snapshot once per change and tells its subscribers only when the result is
+//     another.
 //  5. Account (account.go): the server hears which bundle every open stream
 //     has, and how long SVIDs live that were handed out before.
 //  6. Seal (seal.go): write what a restart needs, at most once a second.
