@@ -1,5 +1,6 @@
 // Package kube asks Kubernetes clusters what the server has to know of them:
-// whether a token is that of an agent's pod, and on which node that pod is.
+// whether a token is that of an agent's pod, and which pods run on which node. It
+// tells them one thing: the trust bundle, for agents that have never joined.
 //
 // It trusts a cluster's API server for what is true of that cluster, and
 // nothing that an agent says. What the API server answers is held to the rules

@@ -116,8 +116,8 @@ func (c *Clusters) CheckEntry(id spiffeid.ID, selectors selector.Set) error {
 	var texts []string
 	for _, field := range []struct{ name, value string }{{"cluster", fields.Cluster}, {"ns", fields.Namespace}, {"sa", fields.ServiceAccount}} {
 		if field.value != "" {
-			agreeing = append(agreeing, selector.Selector{Type: "k8s", Value: field.name + ":" + field.value})
-			texts = append(texts, "k8s:"+field.name+":"+field.value)
+			wanted := fact(field.name, field.value)
+			agreeing, texts = append(agreeing, wanted), append(texts, wanted.String())
 		}
 	}
 	if selectors.Contains(selector.NewSet(agreeing...)) {
