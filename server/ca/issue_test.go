@@ -168,6 +168,9 @@ func TestIdentityMustBelongToTheKind(t *testing.T) {
 		"minted, foreign":             {Minted, foreign, "spiffe_id_foreign"},                      //
 		"minted, root path":           {Minted, example.ID(), "spiffe_id_invalid"},                 //
 		"minted as server":            {Minted, id("/assay/server"), "spiffe_id_reserved"},         //
+		"mesh":                        {Mesh, id("/ns/a/sa/b"), ""},                                //
+		"mesh, foreign":               {Mesh, foreign, "spiffe_id_foreign"},                        //
+		"mesh as agent":               {Mesh, id("/assay/agent/x/1"), "spiffe_id_reserved"},        //
 		"minted as agent":             {Minted, id("/assay/agent/x/1"), "spiffe_id_reserved"},      //
 		"workload as agent":           {Workload, id("/assay/agent/x/1"), "spiffe_id_reserved"},    //
 		"workload under the prefix":   {Workload, id("/assay/anything"), "spiffe_id_reserved"},     //

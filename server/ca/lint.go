@@ -12,6 +12,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -132,7 +133,7 @@ func lintAuthority(p Profile, ttl time.Duration, parent *x509.Certificate, paren
 func lintLeaf(p profiles, k Kind, iss *issuer, draw *serials, now time.Time) error {
 	shape := p.leaf[k]
 	path := map[Kind]string{
-		Workload: "/lint", Agent: shape.prefix + "agent/lint", Server: shape.prefix + "server", Minted: "/lint",
+		Workload: "/lint", Agent: shape.prefix + "agent/lint", Server: shape.prefix + "server", Minted: "/lint", Mesh: "/lint",
 	}[k]
 	id, err := spiffeid.FromPath(shape.td, path)
 	if err != nil {
@@ -145,6 +146,9 @@ func lintLeaf(p profiles, k Kind, iss *issuer, draw *serials, now time.Time) err
 	bare := X509Request{Kind: k, ID: id, PublicKey: key.Public(), TTL: shape.maxTTL}
 	full := bare
 	full.Cluster, full.DNSNames = "lint", []string{"lint.example"}
+	if k == Server {
+		full.IPAddresses = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	}
 	for _, req := range []X509Request{bare, full} {
 		l := p.plan(req, iss.cert, now)
 		if l.err != nil {
@@ -341,9 +345,10 @@ func lintSANCritical(c *lintee) string {
 
 func lintOtherNames(c *lintee) string {
 	for _, name := range c.names {
-		dns := name.Class == asn1.ClassContextSpecific && name.Tag == 2
-		uri := name.Class == asn1.ClassContextSpecific && name.Tag == 6
-		if !dns && !uri || dns && c.p.ca {
+		dns := name.Class == asn1.ClassContextSpecific && name.Tag == tagDNSName&0x1f
+		uri := name.Class == asn1.ClassContextSpecific && name.Tag == tagURI&0x1f
+		ip := name.Class == asn1.ClassContextSpecific && name.Tag == tagIPAddress&0x1f
+		if !uri && (c.p.ca || !dns && (!ip || c.p.kind != Server)) {
 			return "there is a name of a kind that does not belong here"
 		}
 	}

@@ -285,13 +285,13 @@ func TestFlawedProfileStopsOpen(t *testing.T) {
 
 func TestProfileIsFoundByKind(t *testing.T) {
 	a := newWorld(t).open()
-	for _, k := range []Kind{Workload, Agent, Server, Minted} {
+	for _, k := range []Kind{Workload, Agent, Server, Minted, Mesh} {
 		p, err := a.Profile(k)
 		if err != nil || p.name != k.String() {
 			t.Errorf("%v: got %q, %v", k, p.name, err)
 		}
 	}
-	for _, k := range []Kind{-1, 4} {
+	for _, k := range []Kind{-1, 5} {
 		if _, err := a.Profile(k); err == nil {
 			t.Errorf("%v has a profile", k)
 		}

@@ -116,6 +116,10 @@ func idMissing() error {
 // isOutlined says whether the request is what was read of it and no more:
 // exactly three elements, the first in the one encoding for its content.
 func isOutlined(csr *x509.CertificateRequest, raw rawCSR) bool {
-	info := tlv(tagSequence, []byte{0x02, 0x01, 0x00}, noSubject, csr.RawSubjectPublicKeyInfo, tlv(0xa0, raw.Info.Attributes[0].FullBytes))
+	var attributes []byte
+	for _, a := range raw.Info.Attributes {
+		attributes = append(attributes, a.FullBytes...)
+	}
+	info := tlv(tagSequence, []byte{0x02, 0x01, 0x00}, raw.Info.Subject.FullBytes, csr.RawSubjectPublicKeyInfo, tlv(0xa0, attributes))
 	return bytes.Equal(csr.RawTBSCertificateRequest, info) && hasThreeElements(csr)
 }

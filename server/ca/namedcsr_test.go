@@ -194,13 +194,21 @@ func p224(t *testing.T) *ecdsa.PrivateKey {
 // What is minted is bound by the mark of what is handed out: nobody reports on
 // it, and a rotation has to wait for its end.
 func TestMintedCertificateIsUnderTheMarkOfWhatIsHandedOut(t *testing.T) {
+	handedOut(t, Minted)
+}
+
+func TestMeshCertificateIsUnderTheMarkOfWhatIsHandedOut(t *testing.T) {
+	handedOut(t, Mesh)
+}
+
+func handedOut(t *testing.T, kind Kind) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		a := w.open()
 		start(t, a)
 		before := w.storedMarks(a)
 		req := workload("/web")
-		req.Kind = Minted
+		req.Kind = kind
 		leaf := issue(t, a, req)
 		after := w.storedMarks(a)
 		if !after.Stream.Equal(before.Stream) || !after.Own.Equal(before.Own) {
@@ -209,7 +217,7 @@ func TestMintedCertificateIsUnderTheMarkOfWhatIsHandedOut(t *testing.T) {
 		if after.Handed.Before(leaf.NotAfter) || !after.Handed.After(before.Handed) {
 			t.Errorf("the certificate ends at %v, its mark is at %v", leaf.NotAfter, after.Handed)
 		}
-		shape, err := a.Profile(Minted)
+		shape, err := a.Profile(kind)
 		if err != nil {
 			t.Fatal(err)
 		}

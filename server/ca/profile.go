@@ -24,9 +24,10 @@ const (
 	Agent                // <prefix>agent/...
 	Server               // <prefix>server
 	Minted               // as Workload, for a holder of whom no agent reports
+	Mesh                 // likewise, for a proxy of a service mesh
 )
 
-var kindNames = [...]string{Workload: "workload", Agent: "agent", Server: "server", Minted: "minted"}
+var kindNames = [...]string{Workload: "workload", Agent: "agent", Server: "server", Minted: "minted", Mesh: "mesh"}
 
 // String returns the kind's name, such as "workload".
 func (k Kind) String() string {
@@ -99,7 +100,7 @@ func newProfiles(td spiffeid.TrustDomain, prefix string, cfg Config, agentTTL ti
 			leaf.ttl, leaf.maxTTL = agentTTL, agentTTL
 		case Server:
 			leaf.class = own
-		case Minted:
+		case Minted, Mesh:
 			leaf.class = handed
 		}
 		p.leaf[k] = leaf
@@ -145,7 +146,7 @@ func (p Profile) checkID(id spiffeid.ID) error {
 		return fault.Newf(fault.Invalid, "spiffe_id_invalid", "the SPIFFE ID has %d bytes: the limit is %d", n, maxIDBytes)
 	}
 	switch p.kind {
-	case Workload, Minted:
+	case Workload, Minted, Mesh:
 		if path == "" {
 			return fault.New(fault.Invalid, "spiffe_id_invalid", "the SPIFFE ID has no path: the trust domain's own ID belongs to its authorities")
 		}

@@ -27,6 +27,7 @@ const (
 	tagExtensions      = 0xa3 // [3] in TBSCertificate
 	tagDNSName         = 0x82 // [2] in GeneralName
 	tagURI             = 0x86 // [6] in GeneralName
+	tagIPAddress       = 0x87 // [7] in GeneralName
 )
 
 var (
@@ -174,6 +175,9 @@ func sanExtension(l *planned) []byte {
 	var names []byte
 	for _, dns := range l.dnsNames {
 		names = append(names, tlv(tagDNSName, []byte(dns))...)
+	}
+	for _, ip := range l.ipAddresses {
+		names = append(names, tlv(tagIPAddress, ip.AsSlice())...)
 	}
 	names = append(names, tlv(tagURI, []byte(l.id.String()))...)
 	var critical []byte

@@ -8,12 +8,16 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"net"
+	"net/netip"
 	"net/url"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
 // standard has package x509 encode what tbs encodes.
@@ -21,7 +25,7 @@ func standard(t testing.TB, l *planned, iss *issuer) *x509.Certificate {
 	t.Helper()
 	template := &x509.Certificate{
 		SerialNumber: l.serial.bigInt(), NotBefore: l.notBefore, NotAfter: l.notAfter,
-		DNSNames: l.dnsNames, URIs: []*url.URL{l.id.URL()},
+		DNSNames: l.dnsNames, IPAddresses: ips(l.ipAddresses), URIs: []*url.URL{l.id.URL()},
 		SignatureAlgorithm: x509.ECDSAWithSHA256, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true, MaxPathLen: -1, SubjectKeyId: l.spkiHash[:20],
@@ -38,6 +42,14 @@ func standard(t testing.TB, l *planned, iss *issuer) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+func ips(addresses []netip.Addr) []net.IP {
+	var out []net.IP
+	for _, a := range addresses {
+		out = append(out, a.AsSlice())
+	}
+	return out
 }
 
 func testIssuer(t testing.TB) (*issuer, *profiles) {
@@ -102,6 +114,31 @@ func TestEncodingIsThatOfPackageX509(t *testing.T) {
 					compare(t, l, iss, p)
 				}
 			}
+		}
+	}
+}
+
+func TestServersAloneHaveIPAddresses(t *testing.T) {
+	iss, p := testIssuer(t)
+	addresses := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	for _, dns := range [][]string{nil, {"ca.example"}} {
+		req := serverRequest()
+		req.IPAddresses, req.DNSNames = addresses, dns
+		l := p.plan(req, iss.cert, time.Now())
+		if l.err != nil {
+			t.Fatal(l.err)
+		}
+		l.serial = serial{0x40, 1}
+		compare(t, l, iss, p)
+	}
+	refused := map[string]X509Request{"a workload": workload("/w"), "no address": serverRequest(), "mapped": serverRequest(), "zoned": serverRequest()}
+	for name, list := range map[string][]netip.Addr{
+		"a workload": addresses, "no address": {{}}, "mapped": {netip.MustParseAddr("::ffff:192.0.2.1")}, "zoned": {netip.MustParseAddr("fe80::1%eth0")},
+	} {
+		req := refused[name]
+		req.IPAddresses = list
+		if got := fault.ReasonOf(p.plan(req, iss.cert, time.Now()).err); got != "ip_address_invalid" {
+			t.Errorf("%s: %s", name, got)
 		}
 	}
 }

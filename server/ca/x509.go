@@ -7,7 +7,9 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
+	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,9 +29,12 @@ type X509Request struct {
 	ID        spiffeid.ID
 	PublicKey crypto.PublicKey
 	DNSNames  []string
-	TTL       time.Duration // zero: the default of the kind; longer than the cap: the cap
-	NotAfter  time.Time     // of the right itself; no certificate outlives it. Zero: no end
-	Cluster   string        // the subject's organizational unit, information only
+	// IPAddresses are for a server that clients reach by them; no other kind has
+	// any.
+	IPAddresses []netip.Addr
+	TTL         time.Duration // zero: the default of the kind; longer than the cap: the cap
+	NotAfter    time.Time     // of the right itself; no certificate outlives it. Zero: no end
+	Cluster     string        // the subject's organizational unit, information only
 
 	// What the audit line says besides.
 	EntryID       string
@@ -55,6 +60,7 @@ type planned struct {
 	id                  spiffeid.ID
 	cluster             string
 	dnsNames            []string
+	ipAddresses         []netip.Addr
 	spki                []byte
 	spkiHash            [sha256.Size]byte
 	notBefore, notAfter time.Time
@@ -144,7 +150,7 @@ func (iss *issuer) usable(now time.Time) error {
 // plan decides what the certificate for req will hold, or why there will be
 // none. It depends on its arguments alone.
 func (p *profiles) plan(req X509Request, iss *x509.Certificate, now time.Time) planned {
-	l := planned{req: req, id: req.ID, cluster: req.Cluster, dnsNames: req.DNSNames}
+	l := planned{req: req, id: req.ID, cluster: req.Cluster, dnsNames: req.DNSNames, ipAddresses: req.IPAddresses}
 	if req.Kind < 0 || int(req.Kind) >= len(p.leaf) {
 		l.err = fault.New(fault.Invalid, "kind_unknown", "the kind of certificate is not known")
 		return l
@@ -161,6 +167,10 @@ func (p *profiles) plan(req X509Request, iss *x509.Certificate, now time.Time) p
 		return l
 	}
 	if l.err = name.CheckDNS(req.DNSNames); l.err != nil {
+		return l
+	}
+	if len(req.IPAddresses) > 0 && (req.Kind != Server || slices.ContainsFunc(req.IPAddresses, func(ip netip.Addr) bool { return !ip.IsValid() || ip.Is4In6() || ip.Zone() != "" })) {
+		l.err = fault.New(fault.Invalid, "ip_address_invalid", "an IP address is not one, or of a certificate that can't have any")
 		return l
 	}
 	life, backdate, err := shape.lifetime(req.TTL)
