@@ -5,6 +5,7 @@ import (
 
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/istioca"
 	"github.com/seed-caa81108/assay/server/kube"
 )
 
@@ -40,6 +41,8 @@ type Config struct {
 	Attestation AttestationConfig `yaml:"attestation"`
 	// Kubernetes are the clusters whose nodes and pods get identities.
 	Kubernetes kube.Config `yaml:"kubernetes"`
+	// Istio is the CA of an Istio mesh.
+	Istio istioca.Config `yaml:"istio"`
 	// Audit is the log of every issuance and every act of an operator.
 	Audit audit.Config `yaml:"audit"`
 	// Limits bound what one peer can make the server do.

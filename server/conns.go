@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/seed-caa81108/assay/pkg/rpc"
-	"github.com/seed-caa81108/assay/server/api"
+	"github.com/seed-caa81108/assay/server/limit"
 )
 
 // connLimits bounds the connections of the agents' listener: per agent or
@@ -29,7 +29,7 @@ type connLimits struct {
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (l *connLimits) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	host := api.HostOf(raw.RemoteAddr().String())
+	host := limit.HostOf(raw.RemoteAddr().String())
 	if !l.counts.enter(host) {
 		l.refused("limit_anonymous_connections")
 		_ = raw.Close()

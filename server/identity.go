@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,8 @@ import (
 // and is a new one for each certificate.
 type identity struct {
 	id        spiffeid.ID
+	dns       []string // by which the proxies of a mesh reach the server
+	ips       []netip.Addr
 	authority *ca.Authority
 	log       *slog.Logger
 	metrics   *metrics
@@ -42,7 +45,7 @@ func (s *Server) newIdentity(ctx context.Context, r *rooms) (*identity, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build server ID: %w", err)
 	}
-	i := &identity{id: id, authority: r.authority, log: s.deps.Log, metrics: s.metrics}
+	i := &identity{id: id, dns: s.cfg.Istio.DNSNames, ips: s.cfg.Istio.Addresses(), authority: r.authority, log: s.deps.Log, metrics: s.metrics}
 	return i, i.issue(ctx)
 }
 
@@ -111,7 +114,9 @@ func (i *identity) issue(ctx context.Context) error {
 		return fmt.Errorf("generate server key: %w", err)
 	}
 	by := audit.Origin{Actor: audit.Actor{Kind: "server", SPIFFEID: i.id.String()}}
-	svids, err := i.authority.IssueX509(ctx, by, []ca.X509Request{{Kind: ca.Server, ID: i.id, PublicKey: key.Public(), Rule: "own_identity"}})
+	svids, err := i.authority.IssueX509(ctx, by, []ca.X509Request{{
+		Kind: ca.Server, ID: i.id, DNSNames: i.dns, IPAddresses: i.ips, PublicKey: key.Public(), Rule: "own_identity",
+	}})
 	if err != nil {
 		return fmt.Errorf("issue server certificate: %w", err)
 	}

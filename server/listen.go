@@ -31,6 +31,7 @@ import (
 	"github.com/seed-caa81108/assay/server/api"
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/istioca"
 	"github.com/seed-caa81108/assay/server/registry"
 	"github.com/seed-caa81108/assay/server/rotation"
 )
@@ -71,17 +72,21 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	g.Go(func() error { return own.keepFresh(gctx) })
 	g.Go(func() error { return watch.run(gctx) })
 	g.Go(func() error { return r.rotator.Run(gctx) })
+	if servers.mesh != nil {
+		g.Go(func() error { return served(gctx, servers.mesh.Serve(r.mesh)) })
+		g.Go(func() error { return r.istio.Run(gctx) })
+	}
 	g.Go(func() error {
 		<-gctx.Done()
 		s.setStopping()
 		agentService.Stop()
-		drain(servers.agents, servers.remote, servers.admin)
+		drain(servers.all()...)
 		return errStopped
 	})
-	s.setServing(r.port.Addr(), func() error { return health(r, own) })
+	s.setServing(r, func() error { return health(r, own) })
 	s.deps.Log.LogAttrs(ctx, slog.LevelInfo, "server is ready", slog.String("trust_domain", s.cfg.TrustDomain),
 		slog.String("listen", r.port.Addr().String()), slog.String("admin_socket", s.cfg.Admin.Socket),
-		slog.Int("remote_operators", len(s.cfg.Admin.RemoteIDs)))
+		slog.Int("remote_operators", len(s.cfg.Admin.RemoteIDs)), slog.String("istio_listen", s.cfg.Istio.Listen))
 	return g.Wait()
 }
 
@@ -113,7 +118,18 @@ func (s *Server) agentService(r *rooms) *api.AgentService {
 }
 
 // servers are the gRPC servers of an Assay server.
-type servers struct{ agents, remote, admin *grpc.Server }
+type servers struct {
+	agents, remote, admin *grpc.Server
+	mesh                  *grpc.Server // nil: there is none
+}
+
+func (s servers) all() []*grpc.Server {
+	all := []*grpc.Server{s.agents, s.remote, s.admin}
+	if s.mesh != nil {
+		all = append(all, s.mesh)
+	}
+	return all
+}
 
 // grpcServers builds them; every method that they have is in a table.
 func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentService, door *handover, watch *rootWatch) (servers, error) {
@@ -153,8 +169,36 @@ func (s *Server) grpcServers(r *rooms, own *identity, agentService *api.AgentSer
 		MaxRecvBytes: maxAdminMessage, Log: s.deps.Log, Metrics: s.metrics.rpc, Unlisted: r.refusals.ReportUnlisted,
 	})
 	s.registerOperators(admin, r)
-	return servers{agents: agents, remote: remote, admin: admin}, nil
+	return servers{agents: agents, remote: remote, admin: admin, mesh: s.meshServer(r, own)}, nil
 }
+
+// meshServer builds the server of a mesh's proxies, nil if there is no mesh. None
+// of them has a certificate of ours yet, so all are limited by their address.
+func (s *Server) meshServer(r *rooms, own *identity) *grpc.Server {
+	if r.istio == nil {
+		return nil
+	}
+	nobody := func(rpc.Caller) error { return errNobody }
+	mesh := rpc.NewServer(rpc.ServerConfig{
+		Name: "istio", Methods: istioca.Methods(),
+		Creds: &connLimits{
+			TransportCredentials: rpc.TokenTLS(own.certificate), isAgent: nobody, isOperator: nobody,
+			counts:  newConnCounts(0, s.cfg.Limits.AnonymousConnections),
+			refused: func(limit string) { s.metrics.rpc.LimitReached("istio", limit) },
+			failed:  func(err error) { s.metrics.rpc.HandshakeFailed("istio", err) },
+		},
+		MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc, RefusalsPerSecond: refusalLines,
+		Options: append(keepalives(),
+			// Proxies ping every half minute, and some sooner; one that is told to
+			// go away loses its request.
+			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true})),
+	})
+	r.istio.Register(mesh)
+	return mesh
+}
+
+// errNobody says that a caller has no certificate that counts.
+var errNobody = fault.New(fault.Denied, "no_certificate", "this port knows its callers by their tokens")
 
 // keepalives are for connections over the network.
 func keepalives() []grpc.ServerOption {

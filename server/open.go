@@ -17,6 +17,7 @@ import (
 	"github.com/seed-caa81108/assay/server/attest"
 	"github.com/seed-caa81108/assay/server/audit"
 	"github.com/seed-caa81108/assay/server/ca"
+	"github.com/seed-caa81108/assay/server/istioca"
 	"github.com/seed-caa81108/assay/server/keys"
 	"github.com/seed-caa81108/assay/server/kube"
 	"github.com/seed-caa81108/assay/server/registry"
@@ -28,6 +29,7 @@ import (
 type rooms struct {
 	socket    *durable.KeptListener // of operators
 	port      net.Listener          // of agents
+	mesh      net.Listener          // of proxies; nil: there is no mesh
 	store     *store.Bolt
 	audit     *audit.Log
 	seal      keys.SealKey
@@ -35,6 +37,7 @@ type rooms struct {
 	registry  *registry.Registry
 	rotator   *rotation.Rotator
 	refusals  *api.Refusals
+	istio     *istioca.Service    // nil: there is no mesh
 	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
 	clusters  *kube.Clusters
 	clock     *schedule.Clock // notices when the wall clock is set
@@ -114,12 +117,20 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	}); err != nil {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
+	if s.cfg.Istio.On() {
+		if r.istio, err = istioca.New(istioca.Options{
+			TrustDomain: td, Config: s.cfg.Istio, DefaultTTL: s.cfg.CA.X509SVIDTTL, Authority: r.authority, Clusters: r.clusters,
+			Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
+		}); err != nil {
+			return nil, err
+		}
+	}
 	return r, nil
 }
 
 // newEntry refuses entries that would give a pod the identity of another.
 func (s *Server) newEntry(clusters *kube.Clusters) registry.Guard {
-	if len(s.cfg.Kubernetes.Clusters) == 0 {
+	if len(s.cfg.Kubernetes.Clusters) == 0 && !s.cfg.Istio.On() {
 		return nil
 	}
 	return func(e *registry.Entry) error { return clusters.CheckEntry(e.SPIFFEID, e.Selectors) }
@@ -173,16 +184,26 @@ func checkNodeRoots(nodes []*x509.Certificate, own *ca.Bundle) error {
 	return nil
 }
 
-// bind opens both listeners; nothing is served on them yet.
+// bind opens the listeners; nothing is served on them yet.
 func (s *Server) bind(ctx context.Context, r *rooms) (err error) {
 	if r.socket, err = durable.KeepUnix(s.listenAdmin); err != nil {
 		return err
 	}
 	r.closers = append(r.closers, closeListener(r.socket))
-	if r.port, err = (&net.ListenConfig{}).Listen(ctx, "tcp", s.cfg.Listen); err != nil {
-		return fault.Wrap(fault.Precondition, err, "config_listen", "listen: "+s.cfg.Listen+" can't be opened: free the port or set another address")
+	for _, port := range []struct {
+		field, address string
+		into           *net.Listener
+	}{{"listen", s.cfg.Listen, &r.port}, {"istio.listen", s.cfg.Istio.Listen, &r.mesh}} {
+		if port.address == "" {
+			continue
+		}
+		lis, err := (&net.ListenConfig{}).Listen(ctx, "tcp", port.address)
+		if err != nil {
+			return fault.Wrap(fault.Precondition, err, "config_listen", port.field+": "+port.address+" can't be opened: free the port or set another address")
+		}
+		*port.into = lis
+		r.closers = append(r.closers, closeListener(lis))
 	}
-	r.closers = append(r.closers, closeListener(r.port))
 	return nil
 }
 

@@ -36,6 +36,7 @@ type Server struct {
 	stopping  chan struct{} // closed when the listeners are to end
 	stopOnce  sync.Once
 	addr      atomic.Pointer[net.Addr]
+	istioAddr atomic.Pointer[net.Addr]
 	health    atomic.Pointer[func() error] // nil while not serving
 }
 
@@ -67,6 +68,15 @@ func (s *Server) Started() <-chan struct{} { return s.started }
 // the port when the configured one is 0.
 func (s *Server) Addr() net.Addr {
 	if a := s.addr.Load(); a != nil {
+		return *a
+	}
+	return nil
+}
+
+// IstioAddr is the address of the mesh's listener, nil before it listens and if
+// there is none.
+func (s *Server) IstioAddr() net.Addr {
+	if a := s.istioAddr.Load(); a != nil {
 		return *a
 	}
 	return nil
@@ -164,8 +174,13 @@ func (s *Server) warnings() (out []string) {
 	return out
 }
 
-func (s *Server) setServing(addr net.Addr, check func() error) {
+func (s *Server) setServing(r *rooms, check func() error) {
+	addr := r.port.Addr()
 	s.addr.Store(&addr)
+	if r.mesh != nil {
+		addr := r.mesh.Addr()
+		s.istioAddr.Store(&addr)
+	}
 	s.health.Store(&check)
 	s.startOnce.Do(func() { close(s.started) })
 }

@@ -54,6 +54,7 @@ func (c Config) Validate() (Config, error) {
 		func() error { _, err := c.Admin.gid(); return err },
 		c.checkRemoteOperators,
 		func() error { return c.Kubernetes.Check(c.trustDomain(), c.prefix()) },
+		func() error { return c.Istio.Check(c.Kubernetes) },
 		c.checkLives,
 	} {
 		if err := check(); err != nil {
@@ -76,6 +77,7 @@ func (c Config) withDefaults() Config {
 	setText(&c.Audit.Path, filepath.Join(c.DataDir, "audit.log"))
 	c.CA = c.CA.WithDefaults()
 	c.Kubernetes = c.Kubernetes.WithDefaults()
+	c.Istio = c.Istio.WithDefaults(c.Kubernetes)
 	if c.Attestation.RejoinWindow == nil {
 		window := defaultRejoin
 		c.Attestation.RejoinWindow = &window

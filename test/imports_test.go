@@ -21,11 +21,11 @@ var rooms = map[string][]string{
 	"cmd/assay-agent":  {"agent", "pkg/daemon", "pkg/fault"},
 
 	"server": {
-		"server/api", "server/attest", "server/audit", "server/backup", "server/ca", "server/keys", "server/kube", "server/registry", "server/rotation", "server/store",
+		"server/api", "server/attest", "server/audit", "server/backup", "server/ca", "server/istioca", "server/keys", "server/kube", "server/limit", "server/registry", "server/rotation", "server/store",
 		"proto/agent/v1", "proto/admin/v1", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule",
 	},
 	"server/api": {
-		"server/attest", "server/audit", "server/backup", "server/ca", "server/kube", "server/registry", "server/rotation",
+		"server/attest", "server/audit", "server/backup", "server/ca", "server/kube", "server/limit", "server/registry", "server/rotation",
 		"proto/agent/v1", "proto/admin/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/selector",
 	},
 	"server/rotation": {"server/audit", "server/ca", "server/registry", "pkg/failpoint", "pkg/fault", "pkg/schedule"},
@@ -33,6 +33,8 @@ var rooms = map[string][]string{
 	"server/registry": {"server/store", "proto/agent/v1", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule", "pkg/selector"},
 	"server/ca":       {"server/audit", "server/keys", "server/store", "pkg/failpoint", "pkg/fault", "pkg/name", "pkg/schedule"},
 	"server/kube":     {"pkg/fault", "pkg/schedule", "pkg/selector"},
+	"server/limit":    {},
+	"server/istioca":  {"server/audit", "server/ca", "server/kube", "server/limit", "pkg/durable", "pkg/fault", "pkg/name", "pkg/rpc", "pkg/schedule"},
 	"server/keys":     {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/audit":    {"pkg/durable", "pkg/failpoint", "pkg/fault"},
 	"server/store":    {"pkg/durable", "pkg/fault"},

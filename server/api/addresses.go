@@ -1,11 +1,11 @@
 package api
 
 import (
-	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/server/limit"
 )
 
 // maxAttesting is how many attestations one address may have under way.
@@ -16,24 +16,24 @@ const maxAttesting = 128
 // Agents with an SVID don't pass here, so a flood of strangers does not delay
 // a renewal.
 type addresses struct {
-	begun *buckets
+	begun *limit.Rates
 
 	mu   sync.Mutex
 	busy map[string]int
 }
 
 func newAddresses(perSecond int) *addresses {
-	return &addresses{begun: newBuckets(perSecond), busy: map[string]int{}}
+	return &addresses{begun: limit.NewRates(perSecond), busy: map[string]int{}}
 }
 
 // begin admits one attestation from addr; done must be called when it is over.
 func (a *addresses) begin(addr string, now time.Time) (done func(), err error) {
-	host := HostOf(addr)
+	host := limit.HostOf(addr)
 	if !a.enter(host) {
 		return nil, fault.Later(fault.Exhausted, "limit_attestations", "too many attestations under way from this address: retry later", time.Second)
 	}
 	done = func() { a.leave(host) }
-	if wait := a.begun.take(host, 1, now); wait > 0 {
+	if wait := a.begun.Take(host, 1, now); wait > 0 {
 		done()
 		return nil, fault.Later(fault.Exhausted, "attest_rate", "too many attestations from this address: retry later", wait)
 	}
@@ -56,22 +56,4 @@ func (a *addresses) leave(host string) {
 	if a.busy[host]--; a.busy[host] == 0 {
 		delete(a.busy, host)
 	}
-}
-
-// HostOf is the part of a remote address that an attacker can't vary at will:
-// the IPv4 address, or the IPv6 network of 64 bits.
-func HostOf(addr string) string {
-	ap, err := netip.ParseAddrPort(addr)
-	if err != nil {
-		return addr
-	}
-	ip := ap.Addr().Unmap()
-	if ip.Is4() {
-		return ip.String()
-	}
-	network, err := ip.WithZone("").Prefix(64)
-	if err != nil {
-		return ip.String()
-	}
-	return network.Masked().String()
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	"github.com/seed-caa81108/assay/server/audit"
+	"github.com/seed-caa81108/assay/server/limit"
 	"github.com/seed-caa81108/assay/server/registry"
 )
 
@@ -28,7 +29,7 @@ func TestAnAddressThatFloodsIsSlowedDownAndOthersAreNot(t *testing.T) {
 		}
 		return err
 	}
-	for i := range 5 * burstSeconds {
+	for i := range 5 * limit.BurstSeconds {
 		if err := begin("192.0.2.1:1000", now); err != nil {
 			t.Fatalf("attestation %d: %v", i, err)
 		}
@@ -61,17 +62,6 @@ func TestAttestationsUnderWayAreBoundedPerAddress(t *testing.T) {
 	dones[0]()
 	if _, err := a.begin("[2001:db8::3]:1", now); err != nil {
 		t.Errorf("after one has ended: %v", err)
-	}
-}
-
-func TestHostOf(t *testing.T) {
-	for addr, want := range map[string]string{
-		"192.0.2.1:80": "192.0.2.1", "[::ffff:192.0.2.1]:80": "192.0.2.1", "[2001:db8:1:2:3::4]:80": "2001:db8:1:2::/64",
-		"[fe80::1%eth0]:80": "fe80::/64", "unix": "unix",
-	} {
-		if got := HostOf(addr); got != want {
-			t.Errorf("HostOf(%q) = %q, want %q", addr, got, want)
-		}
 	}
 }
 

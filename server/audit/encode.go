@@ -15,7 +15,7 @@ const (
 	maxField = 2048
 	// maxLine bounds a whole line: every string at its bound and every byte of
 	// it escaped stays below.
-	maxLine = 288 << 10
+	maxLine = 360 << 10
 )
 
 // encoder appends JSON object members. It is the allow-list of the log: it
@@ -85,6 +85,16 @@ func (e *encoder) actor(a Actor) {
 	e.str("exe", a.Exe)
 	e.str("spiffe_id", a.SPIFFEID)
 	e.str("serial", a.Serial)
+	if k := a.Kubernetes; k != nil {
+		e.begin("kubernetes")
+		e.str("cluster", k.Cluster)
+		e.str("namespace", k.Namespace)
+		e.str("service_account", k.ServiceAccount)
+		e.str("pod", k.Pod)
+		e.str("pod_uid", k.PodUID)
+		e.str("node", k.Node)
+		e.end()
+	}
 	e.end()
 }
 

@@ -24,6 +24,15 @@ type parsed struct {
 		Exe      string  `json:"exe"`
 		SPIFFEID string  `json:"spiffe_id"`
 		Serial   string  `json:"serial"`
+
+		Kubernetes *struct {
+			Cluster        string `json:"cluster"`
+			Namespace      string `json:"namespace"`
+			ServiceAccount string `json:"service_account"`
+			Pod            string `json:"pod"`
+			PodUID         string `json:"pod_uid"`
+			Node           string `json:"node"`
+		} `json:"kubernetes"`
 	} `json:"actor"`
 	From   string `json:"from"`
 	Action string `json:"action"`
@@ -80,6 +89,7 @@ func fullLine() Line {
 		Origin: Origin{RequestID: "01R", From: "10.0.0.9:4711", Actor: Actor{
 			Kind: "operator", UID: &uid, GID: &gid, PID: 17, Exe: "/usr/bin/assay",
 			SPIFFEID: "spiffe://example.org/op", Serial: "0a0b",
+			Kubernetes: &Kubernetes{Cluster: "prod", Namespace: "foo", ServiceAccount: "sleep", Pod: "sleep-1", PodUID: "uid-1", Node: "node-1"},
 		}},
 		Action: "x509_sign",
 		Target: Target{SPIFFEID: "spiffe://example.org/a", ParentID: "spiffe://example.org/node", EntryID: "e1", EntryRevision: 3, AgentID: "spiffe://example.org/agent", AuthorityID: "aa", OperationID: "op1"},
@@ -98,6 +108,9 @@ func TestLineHoldsEveryField(t *testing.T) {
 	a := p.Actor
 	if a.Kind != "operator" || *a.UID != 0 || *a.GID != 4294967295 || a.PID != 17 || a.Exe != "/usr/bin/assay" || a.SPIFFEID != "spiffe://example.org/op" || a.Serial != "0a0b" {
 		t.Errorf("actor: %+v", a)
+	}
+	if k := a.Kubernetes; k == nil || k.Cluster != "prod" || k.Namespace != "foo" || k.ServiceAccount != "sleep" || k.Pod != "sleep-1" || k.PodUID != "uid-1" || k.Node != "node-1" {
+		t.Errorf("actor in Kubernetes: %+v", k)
 	}
 	if p.RequestID != "01R" || p.From != "10.0.0.9:4711" || p.Action != "x509_sign" {
 		t.Errorf("origin and action: %+v", p)
@@ -147,7 +160,7 @@ func TestOnlyDeclaredPlainFieldsExist(t *testing.T) {
 		}
 	}
 	walk(reflect.TypeFor[Line](), "Line")
-	if fields != 28 {
+	if fields != 34 {
 		t.Errorf("Line has %d fields: a new one must be added to appendLine, to fullLine and to this number", fields)
 	}
 }

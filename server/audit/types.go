@@ -2,15 +2,27 @@ package audit
 
 import "time"
 
-// Actor is who asked. Exactly one of its halves is filled: uid, gid, pid and
-// exe for a local operator, SPIFFE ID and serial for a peer with a certificate.
+// Actor is who asked. Exactly one of its parts is filled: uid, gid, pid and exe
+// for a local operator, SPIFFE ID and serial for a peer with a certificate, SPIFFE
+// ID and Kubernetes for one with a ServiceAccount's token.
 type Actor struct {
-	Kind     string  // operator, agent, server or none
+	Kind     string  // operator, agent, server, proxy or none
 	UID, GID *uint32 // of a caller on a Unix socket
 	PID      int32   // a hint: may be zero, may be reused
 	Exe      string  // a hint
 	SPIFFEID string  // from the verified certificate
 	Serial   string  // of that certificate, lower-case hex
+	// Kubernetes is what a token has proved; nil: there was none, or it was not
+	// believed.
+	Kubernetes *Kubernetes
+}
+
+// Kubernetes is where a ServiceAccount's token is from: fields that its API
+// server does not name stay empty.
+type Kubernetes struct {
+	Cluster, Namespace, ServiceAccount string
+	Pod, PodUID                        string
+	Node                               string
 }
 
 // Origin is where a request came from. Handlers build it once per RPC and hand

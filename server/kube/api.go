@@ -82,11 +82,11 @@ func restConfig(cluster, kubeconfig string) (*rest.Config, error) {
 	return cfg, nil
 }
 
-// review has the API server say what a token is worth for an audience.
-func (a *api) review(ctx context.Context, token, audience string) (authenticationv1.TokenReviewStatus, error) {
+// review has the API server say what a token is worth for any of the audiences.
+func (a *api) review(ctx context.Context, token string, audiences []string) (authenticationv1.TokenReviewStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	review := &authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{audience}}}
+	review := &authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: audiences}}
 	var answer authenticationv1.TokenReview
 	err := a.tokens.Post().Resource("tokenreviews").Body(review).Do(ctx).Into(&answer)
 	if err != nil {

@@ -2,14 +2,10 @@ package kube
 
 import (
 	"context"
-	"errors"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	authenticationv1 "k8s.io/api/authentication/v1"
-	corev1 "k8s.io/api/core/v1"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -68,18 +64,6 @@ type Node struct {
 	Token string
 }
 
-// Extra names of a TokenReview's user, and what all ServiceAccounts are.
-const (
-	extraPodName     = "authentication.kubernetes.io/pod-name"
-	extraPodUID      = "authentication.kubernetes.io/pod-uid"
-	extraNodeName    = "authentication.kubernetes.io/node-name"
-	extraNodeUID     = "authentication.kubernetes.io/node-uid"
-	extraToken       = "authentication.kubernetes.io/credential-id"
-	accountPrefix    = "system:serviceaccount:"
-	accountsGroup    = "system:serviceaccounts"
-	accountsGroupFor = "system:serviceaccounts:"
-)
-
 // AgentNode finds out which node the holder of a token is the agent of. The
 // token is that of a pod's ServiceAccount, bound to that pod. The steps are:
 //
@@ -94,32 +78,36 @@ const (
 func (c *Clusters) AgentNode(ctx context.Context, clusterName, token string) (Node, error) {
 	cl := c.byName[clusterName]
 	if cl == nil {
-		return Node{}, rejected("cluster_unknown", "kubernetes.clusters has no cluster of that name")
+		return Node{}, rejected(errNoCluster)
 	}
-	status, err := cl.api.review(ctx, token, cl.cfg.Audience)
+	account, err := cl.account(ctx, token, []string{cl.cfg.Audience})
 	if err != nil {
-		return Node{}, err
+		return Node{}, rejected(err)
 	}
-	bound, err := cl.cfg.readReview(status)
+	switch {
+	case !slices.Contains(cl.cfg.AgentServiceAccounts, account.Namespace+"/"+account.Name):
+		return Node{}, rejected(refused("service_account", "the token's ServiceAccount is not one of agent_service_accounts"))
+	case account.PodName == "":
+		return Node{}, rejected(refused("not_bound", "the token is not bound to one pod: agents need a projected one"))
+	}
+	pod, err := cl.api.pod(ctx, account.Namespace, account.PodName)
 	if err != nil {
-		return Node{}, err
+		return Node{}, rejected(gone(err, "pod_gone", "the token's pod is not there any more"))
 	}
-	pod, err := cl.api.pod(ctx, bound.Namespace, bound.PodName)
-	if err != nil {
-		return Node{}, gone(err, "pod_gone", "the token's pod is not there any more")
-	}
-	if err := bound.checkPod(pod, time.Now()); err != nil {
-		return Node{}, err
+	if err := account.checkPod(pod, time.Now()); err != nil {
+		return Node{}, rejected(err)
 	}
 	node, err := cl.api.node(ctx, pod.Spec.NodeName)
 	if err != nil {
-		return Node{}, gone(err, "node_gone", "the pod's node is not there any more")
+		return Node{}, rejected(gone(err, "node_gone", "the pod's node is not there any more"))
 	}
-	if string(node.UID) == "" || bound.UID != "" && bound.UID != string(node.UID) {
-		return Node{}, rejected("node_mismatch", "the token is of another node of that name")
+	if string(node.UID) == "" || account.NodeUID != "" && account.NodeUID != string(node.UID) {
+		return Node{}, rejected(refused("node_mismatch", "the token is of another node of that name"))
 	}
-	found := bound
-	found.Cluster, found.Name, found.UID, found.Labels = cl.name, node.Name, string(node.UID), map[string]string{}
+	found := Node{
+		Cluster: cl.name, Name: node.Name, UID: string(node.UID), Labels: map[string]string{},
+		Namespace: account.Namespace, ServiceAccount: account.Name, PodName: account.PodName, PodUID: account.PodUID, Token: account.Token,
+	}
 	for _, key := range cl.cfg.NodeLabels {
 		if value, ok := node.Labels[key]; ok {
 			found.Labels[key] = value
@@ -128,76 +116,11 @@ func (c *Clusters) AgentNode(ctx context.Context, clusterName, token string) (No
 	return found, nil
 }
 
-// readReview takes from a review what it proves; Name and UID are those of the
-// token, and empty if an older API server does not say. No claim may be there
-// twice: two that differ could be read in two ways.
-func (c ClusterConfig) readReview(s authenticationv1.TokenReviewStatus) (Node, error) {
-	if s.Error != "" || !s.Authenticated {
-		return Node{}, rejected("token_invalid", "the API server does not take the token")
+// rejected is the same to every agent: what is refused keeps its reason for the
+// log.
+func rejected(err error) error {
+	if fault.KindOf(err) != fault.Denied {
+		return err
 	}
-	// A reviewer that does not know audiences leaves them out, having checked
-	// none: then the token may be one for the API server itself.
-	if !slices.Contains(s.Audiences, c.Audience) {
-		return Node{}, rejected("audience", "the API server does not say that the token is for the audience "+c.Audience)
-	}
-	account, ok := strings.CutPrefix(s.User.Username, accountPrefix)
-	namespace, name, split := strings.Cut(account, ":")
-	if !ok || !split || !label.MatchString(namespace) || !subdomain.MatchString(name) ||
-		!slices.Contains(s.User.Groups, accountsGroup) || !slices.Contains(s.User.Groups, accountsGroupFor+namespace) {
-		return Node{}, rejected("no_service_account", "the token is no ServiceAccount's")
-	}
-	if !slices.Contains(c.AgentServiceAccounts, namespace+"/"+name) {
-		return Node{}, rejected("service_account", "the token's ServiceAccount is not one of agent_service_accounts")
-	}
-	bound := Node{Namespace: namespace, ServiceAccount: name}
-	for _, claim := range []struct {
-		key  string
-		into *string
-		must bool
-	}{
-		{extraPodName, &bound.PodName, true},
-		{extraPodUID, &bound.PodUID, true},
-		{extraNodeName, &bound.Name, false},
-		{extraNodeUID, &bound.UID, false},
-		{extraToken, &bound.Token, false},
-	} {
-		switch values := s.User.Extra[claim.key]; {
-		case len(values) == 1 && values[0] != "":
-			*claim.into = values[0]
-		case len(values) > 0 || claim.must:
-			return Node{}, rejected("not_bound", "the token is not bound to one pod: agents need a projected one")
-		}
-	}
-	return bound, nil
-}
-
-// checkPod holds the pod that the API server has to the token.
-func (n Node) checkPod(pod *corev1.Pod, now time.Time) error {
-	switch {
-	case string(pod.UID) != n.PodUID:
-		return rejected("pod_replaced", "the token is of an earlier pod of that name")
-	case pod.Spec.ServiceAccountName != n.ServiceAccount:
-		return rejected("service_account", "the pod has another ServiceAccount than its token")
-	case pod.Spec.NodeName == "" || n.Name != "" && n.Name != pod.Spec.NodeName:
-		return rejected("node_mismatch", "the pod is on another node than its token says")
-	case pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed:
-		return rejected("pod_ended", "the token's pod has ended")
-	// The timestamp is when the time that the pod has to stop is over.
-	case pod.DeletionTimestamp != nil && now.After(pod.DeletionTimestamp.Time):
-		return rejected("pod_deleted", "the token's pod was deleted")
-	}
-	return nil
-}
-
-func gone(err error, reason, text string) error {
-	if errors.Is(err, errGone) {
-		return rejected(reason, text)
-	}
-	return err
-}
-
-// rejected is the same to every agent.
-func rejected(reason, text string) error {
-	return fault.Wrap(fault.Denied, fault.New(fault.Denied, reason, text), "psat_rejected",
-		"the server does not take this pod's token; its log says why")
+	return fault.Wrap(fault.Denied, err, "psat_rejected", "the server does not take this pod's token; its log says why")
 }

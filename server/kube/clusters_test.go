@@ -85,7 +85,7 @@ func TestTokensThatProveNoNode(t *testing.T) {
 			tc.spoil(f)
 			got, err := f.clusters().AgentNode(t.Context(), "prod", "token")
 			wantReason(t, err, "psat_rejected", tc.cause)
-			if got.UID != "" || !errors.Is(err, fault.Denied) || fault.SafeText(err) != fault.SafeText(rejected("", "")) {
+			if got.UID != "" || !errors.Is(err, fault.Denied) || fault.SafeText(err) != fault.SafeText(rejected(errNoCluster)) {
 				t.Errorf("got %+v, %v", got, err)
 			}
 		})

@@ -71,13 +71,16 @@ type ClusterConfig struct {
 	BundleConfigMap string `yaml:"bundle_config_map"`
 }
 
-const (
-	defaultAudience = "assay-server"
-	defaultTemplate = "/ns/{namespace}/sa/{service_account}"
-)
+const defaultAudience = "assay-server"
+
+// DefaultTemplate is the path of an identity as Istio, too, makes it.
+const DefaultTemplate = "/ns/{namespace}/sa/{service_account}"
 
 // A cluster's name is a segment of SPIFFE IDs and stands in certificates.
 var clusterName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?$`)
+
+// ValidClusterName says whether a cluster can have this name.
+func ValidClusterName(name string) bool { return clusterName.MatchString(name) }
 
 // A DNS-1123 label and a subdomain: what namespaces and ServiceAccounts are
 // named by.
@@ -89,7 +92,7 @@ var (
 // WithDefaults returns c with its zero fields filled.
 func (c Config) WithDefaults() Config {
 	if c.Template == "" {
-		c.Template = defaultTemplate
+		c.Template = DefaultTemplate
 	}
 	if len(c.Clusters) == 0 {
 		return c
@@ -113,10 +116,10 @@ func (c Config) Check(td spiffeid.TrustDomain, reserved string) error {
 	case err != nil:
 		return err
 	case strings.HasPrefix(c.Template, reserved):
-		return bad("kubernetes.template is below %s, which is for the server and its agents: begin it otherwise, as in %s", reserved, defaultTemplate)
+		return bad("kubernetes.template is below %s, which is for the server and its agents: begin it otherwise, as in %s", reserved, DefaultTemplate)
 	case len(c.Clusters) > 1 && !template.hasCluster() && !c.NamespaceSameness:
 		return bad("kubernetes.clusters has %d clusters whose pods would get the same IDs: put {cluster} into kubernetes.template, as in /cluster/{cluster}%s, or set kubernetes.namespace_sameness: true if a namespace means the same in all of them",
-			len(c.Clusters), defaultTemplate)
+			len(c.Clusters), DefaultTemplate)
 	}
 	for i, r := range c.Rules {
 		if err := r.check(fmt.Sprintf("kubernetes.rules[%d]", i)); err != nil {

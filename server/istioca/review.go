@@ -1,0 +1,140 @@
+package istioca
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+	"github.com/seed-caa81108/assay/server/kube"
+)
+
+const (
+	// reviewTimeout bounds one review: proxies wait without a limit of their own.
+	reviewTimeout = 5 * time.Second
+	// maxReviews are under way at a cluster's API server.
+	maxReviews = 64
+	// verdictLife is how long what the API server said of a token holds. A ztunnel
+	// asks with the same one for each pod of its node.
+	verdictLife = 10 * time.Second
+	maxVerdicts = 8192
+)
+
+// verifier says whose a token is: fault.Denied if it is nobody's, fault.NotReady
+// if it can't be told.
+type verifier interface {
+	verify(ctx context.Context, t token) (kube.Account, error)
+}
+
+// reviews has an API server review tokens.
+type reviews struct {
+	ask     func(ctx context.Context, token string) (kube.Account, error)
+	flight  singleflight.Group
+	slots   chan struct{}
+	breaker *breaker
+	took    prometheus.Observer
+
+	mu    sync.Mutex
+	known map[[sha256.Size]byte]verdict
+}
+
+// verdict is what an API server said of a token.
+type verdict struct {
+	account kube.Account
+	err     error // fault.Denied, or nil
+	until   time.Time
+}
+
+func newReviews(took prometheus.Observer, ask func(context.Context, string) (kube.Account, error)) *reviews {
+	return &reviews{ask: ask, slots: make(chan struct{}, maxReviews), breaker: newBreaker(), took: took, known: map[[sha256.Size]byte]verdict{}}
+}
+
+func (r *reviews) verify(ctx context.Context, t token) (kube.Account, error) {
+	sum := sha256.Sum256([]byte(t.text))
+	if v, ok := r.recall(sum, time.Now()); ok {
+		return v.account, v.err
+	}
+	// Whoever asks for the same token meanwhile gets the same answer, so it does
+	// not end with the one who asked first.
+	answer := r.flight.DoChan(hex.EncodeToString(sum[:]), func() (any, error) {
+		account, err := r.review(context.WithoutCancel(ctx), t.text)
+		if err == nil || fault.KindOf(err) == fault.Denied {
+			r.remember(sum, verdict{account, err, until(t, time.Now())})
+		}
+		return account, err
+	})
+	select {
+	case a := <-answer:
+		account, _ := a.Val.(kube.Account)
+		return account, a.Err
+	case <-ctx.Done():
+		return kube.Account{}, unavailable(ctx.Err())
+	}
+}
+
+// review asks, if there is hope for an answer.
+func (r *reviews) review(ctx context.Context, text string) (kube.Account, error) {
+	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
+	defer cancel()
+	select {
+	case r.slots <- struct{}{}:
+		defer func() { <-r.slots }()
+	case <-ctx.Done():
+		return kube.Account{}, unavailable(ctx.Err())
+	}
+	if !r.breaker.enter(time.Now()) {
+		return kube.Account{}, unavailable(fault.New(fault.NotReady, "breaker_open", "the API server has given no answer for a while: it is not asked at present"))
+	}
+	began := time.Now()
+	account, err := r.ask(ctx, text)
+	r.took.Observe(time.Since(began).Seconds())
+	answered := err == nil || fault.KindOf(err) == fault.Denied
+	r.breaker.done(time.Now(), answered)
+	if !answered {
+		return kube.Account{}, unavailable(err)
+	}
+	return account, err
+}
+
+func unavailable(cause error) error {
+	return fault.Wrap(fault.NotReady, cause, "token_review_unavailable", "the cluster gives no answer about the token: retry")
+}
+
+// until is when a verdict about t ends.
+func until(t token, now time.Time) time.Time {
+	end := now.Add(verdictLife)
+	if expires := time.Unix(t.expires, 0); t.expires > 0 && expires.Before(end) {
+		return expires
+	}
+	return end
+}
+
+func (r *reviews) recall(sum [sha256.Size]byte, now time.Time) (verdict, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v, ok := r.known[sum]
+	return v, ok && now.Before(v.until)
+}
+
+// remember keeps a verdict. Of too many, the old ones go, then all.
+func (r *reviews) remember(sum [sha256.Size]byte, v verdict) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.known) >= maxVerdicts {
+		now := time.Now()
+		for key, old := range r.known {
+			if !now.Before(old.until) {
+				delete(r.known, key)
+			}
+		}
+		if len(r.known) >= maxVerdicts {
+			clear(r.known)
+		}
+	}
+	r.known[sum] = v
+}
