@@ -258,9 +258,12 @@ func (c *Cache) expand(g *group) (set selector.Set, complete bool) {
 	return union(g.process, p.selectors), false
 }
 
-// needsContainer says whether an entry might be for a group when more is known of
-// its container.
-func (c *Cache) needsContainer(g *group) bool {
+// awaitsContainer says whether an entry might be for a group when more is known of
+// its container, and callers still wait for that.
+func (c *Cache) awaitsContainer(g *group) bool {
+	if g.known || g.hasty {
+		return false
+	}
 	for e := range c.ofContainers {
 		rest := slices.DeleteFunc(slices.Clone(e.selectors), isOfContainer)
 		if g.set.Contains(rest) {

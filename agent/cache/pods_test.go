@@ -346,3 +346,36 @@ func TestACallerWaitsForItsContainerIfAnEntryGoesByIt(t *testing.T) {
 		wantPaths(t, again, "ns/bank/sa/db", "late")
 	})
 }
+
+// A stream hears of what is withdrawn and what is renewed, whatever is not known
+// of its container, and whoever was served before it.
+func TestAnUnknownContainerHidesNothingFromAStreamThatIsServed(t *testing.T) {
+	inCluster(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "extra", "k8s:ns:shop"))
+		a.start()
+		f.run(pod("1", "shop", "web"))
+		synctest.Wait()
+		before := a.cache.Subscribe(in("1", "aa"))
+		wantPaths(t, before, "ns/shop/sa/web", "extra")
+		before.Close()
+		s := a.cache.Subscribe(in("1", "aa"))
+		defer s.Close()
+		wantPaths(t, s, "ns/shop/sa/web", "extra")
+		first := must(s.Snapshot()).SVIDs[0]
+		f.set(entry("proxy", "proxy", "k8s:ns:shop", "k8s:container-name:proxy"))
+		f.remove("e")
+		synctest.Wait()
+		if !notified(s) {
+			t.Error("not told that an identity was withdrawn")
+		}
+		wantPaths(t, s, "ns/shop/sa/web")
+		<-time.After(50 * time.Minute)
+		if !notified(s) {
+			t.Error("not told of a renewal")
+		}
+		wantPaths(t, s, "ns/shop/sa/web")
+		if snap, err := s.Snapshot(); err == nil && snap.SVIDs[0] == first {
+			t.Error("not renewed")
+		}
+	})
+}

@@ -132,13 +132,17 @@ func (c *Cache) Subscribe(process selector.Set) *Subscription {
 }
 
 // reawaken gives the first subscriber of a group a first snapshot: one that
-// waits for every entry.
+// waits for every entry. A snapshot at hand for which nothing has to be waited is
+// such a one.
 func (c *Cache) reawaken(g *group) {
-	g.complete = false
+	waits := c.awaitsContainer(g)
 	for _, e := range g.entries {
-		if e.svid == nil && !e.attempted {
-			g.view.Store(nil)
-		}
+		waits = waits || e.svid == nil && !e.attempted
+	}
+	v := g.view.Load()
+	g.complete = !waits && v != nil && v.snapshot != nil
+	if waits {
+		g.view.Store(nil)
 	}
 }
 
@@ -349,7 +353,7 @@ func (c *Cache) build(g *group, at time.Time) *view {
 		return &view{err: errNotSynced}
 	case g.pod != "" && c.pods[g.pod] == nil:
 		return &view{err: errNoIdentity}
-	case !g.known && !g.complete && !g.hasty && c.needsContainer(g):
+	case !g.complete && c.awaitsContainer(g):
 		return &view{err: errContainer, transient: true}
 	case len(g.entries) == 0:
 		return &view{err: errNoIdentity}
