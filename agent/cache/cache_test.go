@@ -589,6 +589,38 @@ func TestWhatWasLostIsAskedForWithTheSameKey(t *testing.T) {
 	})
 }
 
+// So is one that came and could not be used: it counts at the server in any case.
+func TestWhatCannotBeUsedIsAskedForWithTheSameKey(t *testing.T) {
+	for name, tc := range map[string]struct{ spoil, mend func(f *fake) }{
+		"not by the rules": {
+			func(f *fake) { f.bad = func(_ spiffeid.ID, chain [][]byte) [][]byte { return chain[:1] } },
+			func(f *fake) { f.bad = nil },
+		},
+		"under a retired root": {
+			func(f *fake) { f.signer.retired = true },
+			func(f *fake) { f.signer = newAuthority("root 2"); f.bundled = append(f.bundled, f.signer) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, f *fake, a *agent) {
+				f.set(entry("e", "e", "unix:uid:1"))
+				f.with(func() { tc.spoil(f) })
+				a.start()
+				<-time.After(time.Minute)
+				useless := f.keysAsked()
+				if st := a.cache.Status(); st.SVIDs != 0 || len(useless) < 3 || len(distinct(useless)) != 1 {
+					t.Errorf("%d SVIDs; asked for %d keys, %d times", st.SVIDs, len(distinct(useless)), len(useless))
+				}
+				f.changeBundle(func() { tc.mend(f) })
+				<-time.After(2 * time.Minute)
+				if after := f.keysAsked(); a.cache.Status().SVIDs != 1 || len(after) != len(useless)+1 || len(distinct(after)) != 1 {
+					t.Errorf("%d SVIDs; asked for %d keys, %d times more", a.cache.Status().SVIDs, len(distinct(after)), len(after)-len(useless))
+				}
+			})
+		})
+	}
+}
+
 func distinct(list []string) []string {
 	list = slices.Clone(list)
 	slices.Sort(list)

@@ -49,9 +49,9 @@ type entry struct {
 	attempted bool
 	failures  int
 	wait      schedule.Backoff
-	// asked is a key whose certificate was asked for, and did not come. The next
-	// attempt is for the same key: a certificate that was lost on its way counts
-	// at the server.
+	// asked is a key whose certificate was asked for, and did not come or was of no
+	// use. The next attempt is for the same key: a certificate that was lost on its
+	// way counts at the server, and so does one that was not taken.
 	asked *ecdsa.PrivateKey
 	// generation changes when a signature that is under way becomes useless.
 	generation uint64

@@ -246,7 +246,7 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 	for _, j := range batch {
 		e := j.entry
 		e.signing = false
-		if e.asked = nil; j.result.GetChain() == nil && j.generation == e.generation {
+		if e.asked = nil; j.generation == e.generation {
 			e.asked = j.key
 		}
 		if c.entries[e.id] != e {
@@ -271,7 +271,7 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 			continue
 		default:
 			c.install(e, j.svid)
-			installed = true
+			e.asked, installed = nil, true
 		}
 		e.attempted = e.attempted || err != nil || j.generation == e.generation
 		c.touch(e)
