@@ -234,18 +234,16 @@ func (s *Subscription) Selectors() selector.Set {
 }
 
 // Hurry says that the caller waits no longer for what may still become known of
-// its container, and reports whether there was such a thing to wait for.
-// Snapshot then answers with what there is.
-func (s *Subscription) Hurry() bool {
+// its container. Snapshot then answers with what there is.
+func (s *Subscription) Hurry() {
 	c := s.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if s.group.known || s.group.hasty {
-		return false
+		return
 	}
 	s.group.hasty = true
 	c.publish(s.group, c.now())
-	return true
 }
 
 // Sent says that snap was written to the subscription's stream.

@@ -120,6 +120,7 @@ type source struct {
 	sent       []*cache.Snapshot
 	taken      *cache.Snapshot // the last one that a stream asked for
 	selectors  selector.Set
+	unheard    *cache.Snapshot // what there is by the time that a caller waits no longer
 }
 
 type subscription struct {
@@ -176,7 +177,13 @@ func (s *source) wasTaken(snap *cache.Snapshot) bool {
 	return s.taken == snap
 }
 
-func (s *subscription) Hurry() bool { return false }
+func (s *subscription) Hurry() {
+	s.source.mu.Lock()
+	defer s.source.mu.Unlock()
+	if s.source.unheard != nil {
+		s.source.snap, s.source.err = s.source.unheard, nil
+	}
+}
 
 func (s *subscription) Selectors() selector.Set { return s.set }
 

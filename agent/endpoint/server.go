@@ -39,9 +39,9 @@ type Subscription interface {
 	Changed() <-chan struct{}
 	// Snapshot returns the complete state, or why there is none.
 	Snapshot() (*cache.Snapshot, error)
-	// Hurry says that the caller waits no longer for what may become known of it,
-	// and whether Snapshot can have another answer by that.
-	Hurry() bool
+	// Hurry says that the caller waits no longer for what may become known of it.
+	// Snapshot can have another answer by that.
+	Hurry()
 	// Selectors are all that is known of the caller.
 	Selectors() selector.Set
 	// Sent says that a snapshot was written to the caller's stream.

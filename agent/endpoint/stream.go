@@ -135,7 +135,7 @@ func (f *follower) first() (*cache.Snapshot, error) {
 	}
 	uid := f.who.Caller().UID
 	if !f.server.gate.take(uid, held, 1) {
-		return f.lastly(err)
+		return f.lastly()
 	}
 	defer f.server.gate.give(uid, held, 1)
 	f.waiting = time.Now()
@@ -143,7 +143,7 @@ func (f *follower) first() (*cache.Snapshot, error) {
 	defer timer.Stop()
 	for err != nil {
 		if stop := f.wait(timer.C); stop == errTimeUp {
-			return f.lastly(err)
+			return f.lastly()
 		} else if stop != nil {
 			return nil, stop
 		}
@@ -152,12 +152,11 @@ func (f *follower) first() (*cache.Snapshot, error) {
 	return snap, nil
 }
 
-// lastly returns what there is for a caller that waits no longer because of err.
-func (f *follower) lastly(err error) (*cache.Snapshot, error) {
-	if f.sub.Hurry() {
-		return f.sub.Snapshot()
-	}
-	return nil, err
+// lastly returns what there is for a caller that waits no longer. That may be more
+// than it was told of: another caller of the same kind gave up waiting too.
+func (f *follower) lastly() (*cache.Snapshot, error) {
+	f.sub.Hurry()
+	return f.sub.Snapshot()
 }
 
 // holdTime leaves a caller with a deadline half of it to try again.

@@ -212,6 +212,14 @@ func TestAnswerChangesDuringTheHold(t *testing.T) {
 	wantStatus(t, err, codes.PermissionDenied, "no_identity")
 }
 
+// Time may be up for a caller in the moment in which there is something to send.
+func TestWhoseTimeIsUpGetsWhatThereIs(t *testing.T) {
+	ca := newAuthority(t)
+	snap := ca.snapshot(ca.svid("/a", ""))
+	e := serve(t, &source{err: errPending, unheard: snap}, withTiming(func(w *timing) { w.hold = time.Millisecond }))
+	wantResponse(t, recv(t, fetch(t, e.client(), withHeader(t))), snap)
+}
+
 type streamWith struct {
 	grpc.ServerStream
 	ctx context.Context
