@@ -2,7 +2,6 @@ package attest
 
 import (
 	"context"
-	"strings"
 
 	"github.com/seed-caa81108/assay/agent/cgroup"
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -69,7 +68,7 @@ func (k *K8S) Selectors(ctx context.Context, p Process) (selector.Set, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case owner == cgroup.Owner{} && strings.Contains(p.Cgroup, "kubepods"):
+	case owner == cgroup.Owner{} && k.view.Elsewhere(p.Cgroup):
 		// Not where the configured root says: better nothing than a pod that
 		// passes for a program of the node.
 		return nil, fault.New(fault.Denied, "cgroup_unknown",

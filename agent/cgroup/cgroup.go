@@ -28,6 +28,7 @@ package cgroup
 
 import (
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
@@ -77,6 +78,14 @@ func (v View) Find(content, root string) (Owner, error) {
 		return Owner{}, errConflict()
 	}
 	return found, nil
+}
+
+// Elsewhere says whether a process that Find takes for one of no pod is among pods
+// all the same, in cgroups of pods that are not below the root: no program of the
+// host is in cgroups named like those.
+func (v View) Elsewhere(content string) bool {
+	memberships, err := v.parse(content)
+	return err != nil || slices.ContainsFunc(memberships, func(m membership) bool { return strings.Contains(m.path, kubepods) })
 }
 
 // CheckRoot says whether root can be given to Find. The fault of kind Precondition

@@ -69,6 +69,36 @@ func TestAViewPutsBackTheNamesAbove(t *testing.T) {
 	}
 }
 
+// NEG-40: a pod that is not below the root is known for one by the names that the
+// view puts back, too.
+func TestPodsElsewhereAreKnownForPods(t *testing.T) {
+	const uid = "7d1f9b3c-2a64-4e0f-9c55-0b8a4e6d21f0"
+	own, container := strings.Repeat("0a", 32), strings.Repeat("1b", 32)
+	v, err := newView("/kubelet/kubepods/besteffort/pod"+uid+"/"+own, "0::/\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for content, want := range map[string]bool{
+		"0::/../../pod" + uid + "/" + container + "\n":                true,
+		"0::/../" + container + "\n":                                  true,
+		"0::/../../../burstable/pod" + uid + "/" + container + "\n":   true,
+		"0::/../../../../../system.slice/sshd.service\n":              false,
+		"1:name=systemd:/kubepods/x\n0::/../../../../../init.scope\n": true,
+		"0::/../../../../../kubepods\n":                               true,
+		"nonsense":                                                    true,
+	} {
+		if owner, err := v.Find(content, "/"); err == nil && owner != (Owner{}) {
+			t.Errorf("%s is of %v", content, owner)
+		}
+		if got := v.Elsewhere(content); got != want {
+			t.Errorf("%s: %v", content, got)
+		}
+	}
+	if (View{}).Elsewhere("0::/init.scope\n") || !(View{}).Elsewhere("0::/kubelet/kubepods/pod"+uid+"\n") {
+		t.Error("the host's view is another")
+	}
+}
+
 func TestAViewIsToldByWhereTheAgentIs(t *testing.T) {
 	for name, tc := range map[string]struct {
 		here, content string
