@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
 const (
@@ -26,6 +28,8 @@ const (
 	// these cgroups, makes the namespace, and prints the list of this process.
 	joinEnv = "ASSAY_JOIN"
 	pidEnv  = "ASSAY_PID"
+	// With it, the agent looks from there at the host's cgroups at this directory.
+	viewEnv = "ASSAY_VIEW"
 )
 
 func TestMain(m *testing.M) {
@@ -48,6 +52,15 @@ func printFromNamespace(dirs []string, pid string) error {
 	runtime.LockOSThread() // the namespace is this thread's
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		return err
+	}
+	if host := os.Getenv(viewEnv); host != "" {
+		v, err := OpenView(host)
+		if err != nil {
+			fmt.Println("!" + fault.ReasonOf(err))
+			return nil
+		}
+		fmt.Println("/" + strings.Join(v.own, "/"))
+		return nil
 	}
 	content, err := os.ReadFile("/proc/" + pid + "/cgroup")
 	if err == nil {
@@ -210,4 +223,26 @@ func TestRealCgroups(t *testing.T) {
 		}
 		refused(t, err, "cgroup_namespace")
 	}
+}
+
+// A mount of a part of the host's cgroups leaves out names above the agent's.
+func TestAViewNeedsAllOfTheHostsCgroups(t *testing.T) {
+	const agent = "/kubepods/burstable/pod" + pod + "/" + id
+	for _, mount := range hierarchies(t) {
+		var st unix.Statfs_t
+		if err := unix.Statfs(mount, &st); err != nil || st.Type != unix.CGROUP2_SUPER_MAGIC {
+			continue
+		}
+		root := tree(t, []string{mount}, agent)
+		for host, want := range map[string]string{mount: root + agent, mount + root: "!config_invalid", mount + root + "/kubepods": "!config_invalid"} {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), joinEnv+"="+mount+root+agent, viewEnv+"="+host)
+			cmd.Stderr = os.Stderr
+			if got, err := cmd.Output(); err != nil || string(got) != want+"\n" {
+				t.Errorf("at %s: %s (%v), want %s", host, got, err, want)
+			}
+		}
+		return
+	}
+	t.Fatal("this test needs cgroups of version 2")
 }

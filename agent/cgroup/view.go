@@ -45,38 +45,68 @@ func OpenView(host string) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	return newView(here, string(content))
+	v, err := newView(here, string(content))
+	if err != nil {
+		return View{}, err
+	}
+	// In a part of the host's cgroups names above the agent's are left out, and its
+	// first process is not there.
+	first, err := find(host, 1)
+	if err != nil {
+		return View{}, errElsewhere()
+	}
+	if content, err = os.ReadFile("/proc/1/cgroup"); err != nil {
+		return View{}, err
+	}
+	if !v.shows(first, string(content)) {
+		return View{}, errElsewhere()
+	}
+	return v, nil
+}
+
+// shows says whether what the kernel says of a process in this cgroup is read as
+// that.
+func (v View) shows(cgroup, content string) bool {
+	seen, ok := unified(content)
+	return ok && v.absolute(seen) == cgroup
+}
+
+// unified returns the path of version 2 out of the content of /proc/<pid>/cgroup.
+func unified(content string) (string, bool) {
+	for line := range strings.Lines(content) {
+		if seen, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			return seen, true
+		}
+	}
+	return "", false
 }
 
 // newView tells the namespace by where its process is in the host's view, and in
 // its own.
 func newView(here, content string) (View, error) {
-	for line := range strings.Lines(content) {
-		within, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::")
-		if !ok {
-			continue
-		}
-		above, ok := strings.CutSuffix(here, strings.TrimSuffix(within, "/"))
-		if !ok {
-			return View{}, errElsewhere()
-		}
-		if above = strings.Trim(above, "/"); above == "" {
-			return View{}, nil
-		}
-		return View{own: strings.Split(above, "/")}, nil
+	within, ok := unified(content)
+	if !ok {
+		return View{}, errElsewhere()
 	}
-	return View{}, errElsewhere()
+	above, ok := strings.CutSuffix(here, strings.TrimSuffix(within, "/"))
+	if !ok {
+		return View{}, errElsewhere()
+	}
+	if above = strings.Trim(above, "/"); above == "" {
+		return View{}, nil
+	}
+	return View{own: strings.Split(above, "/")}, nil
 }
 
 func errElsewhere() error {
 	return fault.New(fault.Precondition, "config_invalid",
-		"attestation.k8s.host_cgroups: the agent's own cgroup there is not the one that the kernel says: mount the host's /sys/fs/cgroup there, whole")
+		"attestation.k8s.host_cgroups: cgroups there are not those that the kernel says: mount the host's /sys/fs/cgroup there, whole")
 }
 
 // find returns the cgroup below root that a process is in, "/" for root itself.
 func find(root string, pid int) (string, error) {
 	found := ""
-	err := filepath.WalkDir(root, func(dir string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(root, func(dir string, d fs.DirEntry, err error) error { //nolint:gosec // G703: the operator names it
 		switch {
 		case err != nil:
 			return nil //nolint:nilerr // cgroups come and go
