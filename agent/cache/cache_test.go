@@ -227,6 +227,32 @@ func TestWithdrawnIdentityIsNotServedWhileTheNewOneIsSigned(t *testing.T) {
 	})
 }
 
+// Whoever has an identity that was withdrawn hears of it, though the server goes on
+// signing what can't be used.
+func TestAWithdrawnIdentityEndsWithoutAUsableSuccessor(t *testing.T) {
+	inBubble(t, func(t *testing.T, f *fake, a *agent) {
+		f.set(entry("e", "old", "unix:uid:1"))
+		a.start()
+		synctest.Wait()
+		s := a.cache.Subscribe(sel("unix:uid:1"))
+		defer s.Close()
+		wantPaths(t, s, "old")
+		f.changeBundle(func() {
+			f.signer = newAuthority("root 2")
+			f.signer.retired, f.bundled = true, append(f.bundled, f.signer)
+		})
+		synctest.Wait()
+		wantPaths(t, s, "old")
+		notified(s)
+		f.set(entry("e", "new", "unix:uid:1"))
+		<-time.After(time.Minute)
+		if !notified(s) {
+			t.Error("not told")
+		}
+		wantPaths(t, s, "!svid_pending")
+	})
+}
+
 // A signature that was asked for before the entry changed is not used.
 func TestSignatureForTheOldFormOfAnEntryIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T, f *fake, a *agent) {

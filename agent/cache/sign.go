@@ -267,8 +267,6 @@ func (c *Cache) settle(ctx context.Context, batch []*job, err error) {
 			// by now. Once the bundle that says so is acknowledged, nothing more
 			// may come into use under that root.
 			c.postpone(e, at.Add(e.wait.Next()))
-			c.touch(e)
-			continue
 		default:
 			c.install(e, j.svid)
 			e.asked, installed = nil, true
