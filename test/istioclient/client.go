@@ -6,6 +6,7 @@
 package istioclient
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -19,7 +20,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 	"time"
 
@@ -45,6 +45,8 @@ type Client struct {
 	// ZTunnel is to ask as ztunnel does; Impersonate is for whom.
 	ZTunnel     bool
 	Impersonate string
+	// Names is what the request names instead of whom it is for.
+	Names string
 	// Validity is asked for, in seconds; zero: a day.
 	Validity int64
 
@@ -163,11 +165,7 @@ func (c *Client) metadata() *structpb.Struct {
 // csr names the identity in a critical extension, and istio-agent has an
 // organization besides, an empty one.
 func (c *Client) csr(key crypto.Signer) (string, error) {
-	uri, err := url.Parse(c.identity())
-	if err != nil {
-		return "", err
-	}
-	san, err := asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(uri.String())}})
+	san, err := asn1.Marshal([]asn1.RawValue{{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(cmp.Or(c.Names, c.identity()))}})
 	if err != nil {
 		return "", err
 	}
