@@ -44,6 +44,12 @@ type liveKey struct {
 	until time.Time
 }
 
+func (k *liveKey) raise(until time.Time) {
+	if until.After(k.until) {
+		k.until = until
+	}
+}
+
 func newLiveKeys(most int) *liveKeys {
 	return &liveKeys{most: most, of: map[subject][]liveKey{}, sweepAt: fewSubjects}
 }
@@ -58,7 +64,9 @@ func (l *liveKeys) reserve(s subject, sum [16]byte, now time.Time) error {
 	}
 	keys := live(l.of[s], now)
 	l.of[s] = keys
-	if slices.ContainsFunc(keys, func(k liveKey) bool { return k.sum == sum }) {
+	if i := slices.IndexFunc(keys, func(k liveKey) bool { return k.sum == sum }); i >= 0 {
+		// Its certificate may end while the next one is signed.
+		keys[i].raise(now.Add(reserved))
 		return nil
 	}
 	if len(keys) >= l.most {
@@ -71,15 +79,17 @@ func (l *liveKeys) reserve(s subject, sum [16]byte, now time.Time) error {
 	return nil
 }
 
-// certified notes how long the certificate for a key that was reserved lives.
+// certified notes how long the certificate for a key that was reserved lives. If
+// signing took longer than the key was reserved for, it counts all the same.
 func (l *liveKeys) certified(s subject, sum [16]byte, until time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i, k := range l.of[s] {
-		if k.sum == sum && until.After(k.until) {
-			l.of[s][i].until = until
-		}
+	keys := l.of[s]
+	if i := slices.IndexFunc(keys, func(k liveKey) bool { return k.sum == sum }); i >= 0 {
+		keys[i].raise(until)
+		return
 	}
+	l.of[s] = append(keys, liveKey{sum, until})
 }
 
 func live(keys []liveKey, now time.Time) []liveKey {

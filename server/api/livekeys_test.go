@@ -65,3 +65,44 @@ func TestLiveKeysAreBoundedByIdentity(t *testing.T) {
 		}
 	})
 }
+
+// A key counts as long as a certificate for it lives, also one that was asked for
+// in the moment in which another one of its ended, or that took long to sign.
+func TestAKeyCountsWhileItIsCertifiedAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLiveKeys(3)
+		one := subject{spiffeid.RequireFromString("spiffe://example.org/assay/agent/k8s_psat/prod/1"), "pod/a", 0}
+		reserve := func(keys ...byte) (refused int) {
+			t.Helper()
+			for _, key := range keys {
+				if l.reserve(one, [16]byte{key}, time.Now()) != nil {
+					refused++
+				}
+			}
+			return refused
+		}
+		certified := func(keys ...byte) {
+			for _, key := range keys {
+				l.certified(one, [16]byte{key}, time.Now().Add(time.Hour))
+			}
+		}
+		if n := reserve(1, 2, 3); n != 0 {
+			t.Fatal(n, "were refused")
+		}
+		certified(1, 2, 3)
+		<-time.After(time.Hour - time.Millisecond)
+		if n := reserve(1, 2, 3); n != 0 {
+			t.Fatal(n, "were refused")
+		}
+		<-time.After(time.Millisecond) // signing takes a moment
+		if n := reserve(4, 5, 6); n != 3 {
+			t.Errorf("%d of 3 keys were refused while 3 others are being certified anew", n)
+		}
+		<-time.After(reserved) // or a long one
+		l.sweep(time.Now())
+		certified(1, 2, 3)
+		if n := reserve(4, 5, 6); n != 3 {
+			t.Errorf("%d of 3 keys were refused although 3 others have certificates", n)
+		}
+	})
+}
