@@ -52,8 +52,16 @@ func (c *cluster) run(ctx context.Context, log *slog.Logger) {
 	<-done
 }
 
-// follow keeps one sink current with all objects of a resource.
+// follow keeps one sink current with all objects of a resource. A watch that
+// first tells all that there is counts as open once that is in the sink: until
+// then the sink has what there was when the watch before broke.
 func follow(ctx context.Context, tell *teller, c *cluster, which int, resource string, list, object runtime.Object, into cache.ReflectorStore) {
+	var listing *opening // the last watch of that kind
+	into = replacing{into, func() {
+		if listing != nil {
+			listing.done()
+		}
+	}}
 	source := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			out := list.DeepCopyObject()
@@ -65,13 +73,58 @@ func follow(ctx context.Context, tell *teller, c *cluster, which int, resource s
 			if err := tell.result(ctx, resource, err); err != nil {
 				return nil, err
 			}
-			c.index.setOpen(which, true)
-			return notice(w, func() { c.index.setOpen(which, false) }), nil
+			one := &opening{set: func(open bool) { c.index.setOpen(which, open) }}
+			if o.SendInitialEvents != nil && *o.SendInitialEvents {
+				listing = one
+			} else {
+				one.done()
+			}
+			return notice(w, one.end), nil
 		},
 	}
 	quiet := logr.Discard()
 	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: &quiet})
-	r.RunWithContext(ctx)
+	r.RunWithContext(logr.NewContext(ctx, quiet))
+}
+
+// replacing tells when a sink has been given all that there is.
+type replacing struct {
+	cache.ReflectorStore
+	replaced func()
+}
+
+func (r replacing) Replace(list []any, version string) error {
+	err := r.ReflectorStore.Replace(list, version)
+	if err == nil {
+		r.replaced()
+	}
+	return err
+}
+
+// opening is a watch on its way to be open, and to its end, which may come first.
+type opening struct {
+	set func(open bool)
+
+	mu          sync.Mutex
+	open, ended bool
+}
+
+func (o *opening) done() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.open && !o.ended {
+		o.open = true
+		o.set(true)
+	}
+}
+
+func (o *opening) end() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.open && !o.ended {
+		o.set(false)
+	}
+	o.ended = true
 }
 
 // teller logs why a cluster can't be watched: at once, then once a minute, and
