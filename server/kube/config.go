@@ -50,7 +50,8 @@ type Rule struct {
 // ClusterConfig is one of `kubernetes.clusters`.
 type ClusterConfig struct {
 	// Kubeconfig is a file that says how the cluster's API server is reached.
-	// It has to allow creating TokenReviews, and getting pods and nodes.
+	// It has to allow creating TokenReviews, and getting, listing and watching
+	// pods and nodes.
 	// Default: the cluster that the server itself runs in.
 	Kubeconfig string `yaml:"kubeconfig"`
 	// AgentServiceAccounts are the ServiceAccounts that agents' pods run as, as
