@@ -84,7 +84,17 @@ func follow(ctx context.Context, tell *teller, c *cluster, which int, resource s
 	}
 	quiet := logr.Discard()
 	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: &quiet})
-	r.RunWithContext(logr.NewContext(ctx, quiet))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		r.RunWithContext(logr.NewContext(ctx, quiet))
+	}()
+	// Between attempts to reach an API server that is away the reflector sleeps, up
+	// to a minute, whatever becomes of ctx.
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
 }
 
 // replacing tells when a sink has been given all that there is.

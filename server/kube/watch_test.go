@@ -159,3 +159,28 @@ func TestWhatWasKnownIsNotGoneByWhileItIsToldAnew(t *testing.T) {
 		<-done
 	})
 }
+
+// A server that stops does not wait for an API server that is away.
+func TestStoppingDoesNotWaitForAnAPIServerThatIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, err := newAPI("prod", &rest.Config{Host: "http://api", Transport: &streams{away: true}}, "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &cluster{name: "prod", api: a, index: newIndex("prod")}
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			c.run(ctx, slog.New(slog.DiscardHandler))
+		}()
+		<-time.After(10 * time.Minute)
+		stop()
+		stopped := time.Now()
+		<-done
+		if took := time.Since(stopped); took > time.Second {
+			t.Errorf("it took %v", took)
+		}
+		<-time.After(2 * time.Minute) // what sleeps wakes up and ends
+	})
+}
