@@ -34,6 +34,23 @@ func (s *AgentService) place(agent spiffeid.ID) (kube.Place, bool) {
 	return kube.Place{Cluster: cluster, NodeUID: uid}, ok && split
 }
 
+// checkNode refuses an agent whose node was made anew, under its name and with
+// another UID: for the cluster nothing runs on the one that the agent is named
+// for. Attested anew it is that of the node that there is.
+func (s *AgentService) checkNode(agent spiffeid.ID) error {
+	at, ok := s.place(agent)
+	if !ok {
+		return nil
+	}
+	a, _ := s.cfg.Registry.Agent(agent)
+	for _, one := range a.Selectors {
+		if name, ok := strings.CutPrefix(one.Value, "agent_node_name:"); ok && s.cfg.Clusters.Replaced(at, name) {
+			return fault.New(fault.Unauthenticated, "agent_node_replaced", "the agent's node was made anew in its cluster: attest again")
+		}
+	}
+	return nil
+}
+
 // podsOf returns a feed of the pods on the agent's node, nil if it has none.
 func (s *AgentService) podsOf(agent spiffeid.ID) *kube.Feed {
 	at, ok := s.place(agent)

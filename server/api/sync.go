@@ -92,6 +92,9 @@ func (s *AgentService) watch(session *syncSession, incoming <-chan *agentv1.Sync
 			if err := rule(session.caller); err != nil {
 				return err
 			}
+			if err := s.checkNode(session.caller.ID); err != nil {
+				return err
+			}
 		case msg := <-incoming:
 			if err := session.heard(msg); err != nil {
 				return err

@@ -51,6 +51,19 @@ func (c *Clusters) Follow(at Place) *Feed {
 	return nil
 }
 
+// Replaced says whether the node that had this name was made anew since, which
+// makes it another one. False if that can't be told now.
+func (c *Clusters) Replaced(at Place, name string) bool {
+	x := c.index(at)
+	if x == nil {
+		return false
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	uid := x.nodes[name]
+	return uid != "" && uid != at.NodeUID && x.usable(time.Now()) == nil
+}
+
 // PodOn finds the pod with this UID on an agent's node. That none runs there is
 // fault.Denied, that it can't be told now fault.NotReady.
 func (c *Clusters) PodOn(at Place, podUID string) (*Pod, error) {
