@@ -38,8 +38,8 @@ const (
 // that its source has answered with, and none once that was too long ago: a
 // source that can't be reached never makes a token good.
 type keySet struct {
-	url    string // empty: the keys are of a file and stay
-	client *http.Client
+	// source answers with the keys; nil: they are of a file, and stay.
+	source func(context.Context) (map[string]any, error)
 
 	fetching sync.Mutex // held by who asks
 
@@ -72,17 +72,18 @@ func newKeySet(key string, cfg OIDCConfig) (*keySet, error) {
 			return nil, fault.New(fault.Precondition, "config_istio", key+".ca_file: "+cfg.CAFile+" has no PEM certificate")
 		}
 	}
-	return &keySet{url: cfg.JWKSURL, client: &http.Client{
+	client := &http.Client{
 		Transport: &http.Transport{TLSClientConfig: trust, ForceAttemptHTTP2: true, MaxIdleConns: 1, IdleConnTimeout: time.Minute},
 		Timeout:   fetchTimeout,
 		// Where it points is not who was asked.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}, nil
+	}
+	return &keySet{source: func(ctx context.Context) (map[string]any, error) { return ask(ctx, client, cfg.JWKSURL) }}, nil
 }
 
 // run keeps the keys current until ctx ends.
 func (k *keySet) run(ctx context.Context, tell func(error)) {
-	for k.url != "" {
+	for k.source != nil {
 		err := k.fetch(ctx)
 		if ctx.Err() != nil {
 			return
@@ -119,7 +120,7 @@ func (k *keySet) current(kid string, now time.Time) (key any, known, usable bool
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	key, known = k.keys[kid]
-	return key, known, k.url == "" || !k.answers.IsZero() && now.Sub(k.answers) <= keysLast
+	return key, known, k.source == nil || !k.answers.IsZero() && now.Sub(k.answers) <= keysLast
 }
 
 // errAsked says that the source was asked a moment ago.
@@ -128,7 +129,7 @@ var errAsked = errors.New("the keys were asked for less than half a minute ago")
 // fetch asks the source, unless that was done just now: then it is as good as an
 // answer if that one was.
 func (k *keySet) fetch(ctx context.Context) error {
-	if k.url == "" {
+	if k.source == nil {
 		return nil
 	}
 	k.fetching.Lock()
@@ -146,7 +147,7 @@ func (k *keySet) fetch(ctx context.Context) error {
 		}
 		return errAsked
 	}
-	keys, err := k.ask(context.WithoutCancel(ctx))
+	keys, err := k.source(context.WithoutCancel(ctx))
 	if err != nil {
 		return err
 	}
@@ -156,15 +157,16 @@ func (k *keySet) fetch(ctx context.Context) error {
 	return nil
 }
 
-func (k *keySet) ask(ctx context.Context) (map[string]any, error) {
+// ask fetches a key set.
+func ask(ctx context.Context, client *http.Client, url string) (map[string]any, error) {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.url, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, fmt.Errorf("ask for keys: %w", err)
 	}
 	req.Header.Set("Accept", "application/jwk-set+json, application/json")
-	resp, err := k.client.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("ask for keys: %w", err)
 	}
