@@ -1,12 +1,13 @@
 // Package agent is the daemon of a node: it proves the node to the server,
-// keeps the workloads' X.509-SVIDs fresh and serves the SPIFFE Workload API.
+// keeps the workloads' X.509-SVIDs fresh and serves the SPIFFE Workload API and
+// Envoy's SDS.
 //
 // It owns the one Config and the wiring of its rooms, from the bottom up:
 //
 //	state      what must not be forgotten, in data_dir
 //	node       who this agent is, and its connection to the server
 //	cache      entries, bundle and SVIDs; survives in run_dir
-//	attest     who is calling on the socket
+//	attest     who is calling on the sockets
 //	endpoint   caller -> subscription -> message
 //
 // It trusts the server that node has verified, and nothing that a workload
@@ -71,7 +72,7 @@ type rooms struct {
 	node     *node.Node
 	cache    *cache.Cache
 	endpoint *endpoint.Server
-	listener *durable.KeptListener
+	api, sds *durable.KeptListener
 	clock    *schedule.Clock
 	pinning  string // how callers are pinned
 }
@@ -85,7 +86,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	a.rooms.Store(r)
-	a.deps.Log.InfoContext(ctx, "serving the Workload API", slog.String("socket", a.cfg.socket()),
+	a.deps.Log.InfoContext(ctx, "serving workloads", slog.String("socket", a.cfg.socket()), slog.String("sds_socket", a.cfg.sdsSocket()),
 		slog.String("trust_domain", a.cfg.TrustDomain), slog.String("callers_pinned_by", r.pinning))
 	err = a.serve(ctx, r)
 	a.rooms.Store(nil)
@@ -133,20 +134,28 @@ func (a *Agent) open() (_ *rooms, err error) {
 	if r.endpoint, err = endpoint.New(endpoint.Config{
 		Attestor:  attestor,
 		Subscribe: func(s selector.Set) endpoint.Subscription { return r.cache.Subscribe(s) },
-		Limits:    a.cfg.Limits, Log: log, Calls: a.calls, Registerer: reg,
+		Limits:    a.cfg.Limits, SDS: a.cfg.SDS, Log: log, Calls: a.calls, Registerer: reg,
 	}); err != nil {
 		return nil, err
 	}
-	r.listener, err = durable.KeepUnix(a.listen)
-	return r, err
-}
-
-// listen puts the workloads' socket in place, and its directory if need be.
-func (a *Agent) listen() (*durable.Listener, error) {
-	if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
+	if r.api, err = a.listen(a.cfg.socket()); err != nil {
 		return nil, err
 	}
-	return durable.ListenUnix(a.cfg.socket(), 0o666)
+	if r.sds, err = a.listen(a.cfg.sdsSocket()); err != nil {
+		_ = r.api.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// listen puts a socket for workloads in place, and its directory if need be.
+func (a *Agent) listen(path string) (*durable.KeptListener, error) {
+	return durable.KeepUnix(func() (*durable.Listener, error) {
+		if err := durable.MkdirPrivate(a.cfg.Sockets.Dir, 0o755); err != nil {
+			return nil, err
+		}
+		return durable.ListenUnix(path, 0o666)
+	})
 }
 
 // serve runs the rooms until ctx ends or one of them fails.
@@ -162,17 +171,21 @@ func (a *Agent) serve(ctx context.Context, r *rooms) error {
 		return err
 	})
 	g.Go(func() error { return r.cache.Run(ctx) })
-	g.Go(func() error { return r.endpoint.Serve(ctx, r.listener) })
+	g.Go(func() error { return r.endpoint.Serve(ctx, endpoint.Sockets{API: r.api, SDS: r.sds}) })
 	g.Go(func() error {
-		r.listener.Keep(ctx, func(err error) { a.tellSocket(ctx, err) })
+		r.api.Keep(ctx, func(err error) { a.tellSocket(ctx, a.cfg.socket(), err) })
+		return nil
+	})
+	g.Go(func() error {
+		r.sds.Keep(ctx, func(err error) { a.tellSocket(ctx, a.cfg.sdsSocket(), err) })
 		return nil
 	})
 	return g.Wait()
 }
 
 // tellSocket logs what became of a socket that somebody removed or replaced.
-func (a *Agent) tellSocket(ctx context.Context, err error) {
-	path := slog.String("socket", a.cfg.socket())
+func (a *Agent) tellSocket(ctx context.Context, socket string, err error) {
+	path := slog.String("socket", socket)
 	if err != nil {
 		a.deps.Log.LogAttrs(ctx, slog.LevelError, "the socket is gone and can't be put back; open streams go on, new callers find nothing", path,
 			slog.String("reason", fault.ReasonOf(err)), slog.String("error", err.Error()))
@@ -210,14 +223,14 @@ func (a *Agent) Ready(context.Context) error {
 		return fault.New(fault.NotReady, "agent_starting", "the agent is starting or stopping")
 	}
 	id, attested := r.state.Identity()
-	return ready(r.clock.Now(), attested, id, r.cache.Status(), r.listener.InPlace())
+	return ready(r.clock.Now(), attested, id, r.cache.Status(), r.api.InPlace() && r.sds.InPlace())
 }
 
 // ready is the rule of Ready.
-func ready(now time.Time, attested bool, id state.Identity, c cache.Status, socket bool) error {
+func ready(now time.Time, attested bool, id state.Identity, c cache.Status, sockets bool) error {
 	switch {
-	case !socket:
-		return fault.New(fault.NotReady, "socket_missing", "the socket was removed or replaced; the agent puts it back within seconds, or its log says why it can't")
+	case !sockets:
+		return fault.New(fault.NotReady, "socket_missing", "a socket was removed or replaced; the agent puts it back within seconds, or its log says why it can't")
 	case !attested:
 		return fault.New(fault.NotReady, "not_attested", "the agent has not joined yet: see its log")
 	case !c.Synced:

@@ -130,11 +130,11 @@ func TestAgentJoinsAndServesAWorkload(t *testing.T) {
 	if err != nil || svid.ID.String() != "spiffe://example.org/web" {
 		t.Fatalf("%v, %v", svid, err)
 	}
-	if len(m.log.lines("serving the Workload API", "callers_pinned_by=p")) != 1 {
+	if len(m.log.lines("serving workloads", "callers_pinned_by=p")) != 1 {
 		t.Error("the log does not say how callers are pinned")
 	}
 	for path, mode := range map[string]os.FileMode{
-		m.cfg.Sockets.Dir: 0o755 | os.ModeDir, filepath.Join(m.cfg.Sockets.Dir, "api.sock"): 0o666 | os.ModeSocket,
+		m.cfg.Sockets.Dir: 0o755 | os.ModeDir, filepath.Join(m.cfg.Sockets.Dir, "api.sock"): 0o666 | os.ModeSocket, filepath.Join(m.cfg.Sockets.Dir, "sds.sock"): 0o666 | os.ModeSocket,
 		m.cfg.DataDir: 0o700 | os.ModeDir, m.cfg.RunDir: 0o700 | os.ModeDir,
 	} {
 		if info := must(os.Stat(path)); info.Mode() != mode {

@@ -37,6 +37,8 @@ type Config struct {
 	K8SPsat K8SPsatConfig `yaml:"k8s_psat"`
 	// Sockets are where workloads find the agent.
 	Sockets SocketsConfig `yaml:"sockets"`
+	// SDS says what Envoy is told on its socket.
+	SDS endpoint.SDSConfig `yaml:"sds"`
 	// Attestation says how callers are told apart.
 	Attestation attest.Config `yaml:"attestation"`
 	// Limits keep one user of the node from taking the agent away from others.
@@ -93,9 +95,9 @@ type K8SPsatConfig struct {
 // SocketsConfig is the `sockets` part of Config.
 type SocketsConfig struct {
 	// Dir is the directory of the sockets that workloads use; api.sock in it
-	// is the SPIFFE Workload API. It is made with mode 0755, the socket has
-	// 0666: who gets what is decided by who calls. Workloads in containers get
-	// the directory mounted. Default /run/assay/public.
+	// is the SPIFFE Workload API, sds.sock is Envoy's secret discovery service.
+	// It is made with mode 0755, the sockets have 0666: who gets what is decided
+	// by who calls. Workloads in containers get the directory mounted. Default /run/assay/public.
 	Dir string `yaml:"dir"`
 }
 

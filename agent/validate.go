@@ -24,6 +24,7 @@ const (
 	spirePrefix    = "spire"
 
 	apiSocket = "api.sock"
+	sdsSocket = "sds.sock"
 	// maxTrustDomain is in bytes (SPIFFE-ID section 2.1).
 	maxTrustDomain = 255
 )
@@ -33,7 +34,7 @@ const (
 // configuration.
 func (c Config) Validate() (Config, error) {
 	c = c.withDefaults()
-	for _, check := range []func() error{c.checkTrust, c.checkEvidence, c.checkServers, c.checkPlaces, c.checkChoices, c.Limits.Check} {
+	for _, check := range []func() error{c.checkTrust, c.checkEvidence, c.checkServers, c.checkPlaces, c.checkChoices, c.SDS.Check, c.Limits.Check} {
 		if err := check(); err != nil {
 			return Config{}, err
 		}
@@ -161,8 +162,10 @@ func (c Config) checkPlaces() error {
 			return badConfig("%s is not an absolute path: set %s: %s", place.field, place.field, place.example)
 		}
 	}
-	if len(c.socket()) > durable.MaxSocketPath {
-		return badConfig("sockets.dir is too long: %s would have %d bytes and at most %d work; set sockets.dir: %s", apiSocket, len(c.socket()), durable.MaxSocketPath, defaultSockets)
+	for _, path := range []string{c.socket(), c.sdsSocket()} {
+		if len(path) > durable.MaxSocketPath {
+			return badConfig("sockets.dir is too long: %s would have %d bytes and at most %d work; set sockets.dir: %s", filepath.Base(path), len(path), durable.MaxSocketPath, defaultSockets)
+		}
 	}
 	// The sealed file is worth little without the key, and everything with it.
 	if filepath.Clean(c.DataDir) == filepath.Clean(c.RunDir) {
@@ -202,6 +205,8 @@ func (c Config) checkChoices() error {
 // The following are for a validated configuration.
 
 func (c Config) socket() string { return filepath.Join(c.Sockets.Dir, apiSocket) }
+
+func (c Config) sdsSocket() string { return filepath.Join(c.Sockets.Dir, sdsSocket) }
 
 func (c Config) trustDomain() spiffeid.TrustDomain {
 	return spiffeid.RequireTrustDomainFromString(c.TrustDomain)

@@ -73,6 +73,9 @@ func TestConfigurationsThatCantBeHonoured(t *testing.T) {
 		{"a certificate and a token", func(c *Config) {
 			c.X509Pop, c.JoinTokenFile = X509PopConfig{"/node.pem", "/node.key"}, "/token"
 		}, "join_token_file and x509pop exclude each other"},
+		{"one name for two secrets", func(c *Config) { c.SDS.DefaultSVIDName = "ROOTCA" }, "sds.default_svid_name and sds.default_bundle_name"},
+		{"a secret with a SPIFFE ID for a name", func(c *Config) { c.SDS.DefaultBundleName = "spiffe://example.org" }, "sds.default_bundle_name"},
+		{"an unknown validation", func(c *Config) { c.SDS.Validation = "none" }, "sds.validation: spiffe or ca"},
 		{"long socket", func(c *Config) { c.Sockets.Dir = "/" + strings.Repeat("x", 100) }, "sockets.dir: /run/assay/public"},
 		{"a socket one byte too long", func(c *Config) {
 			c.Sockets.Dir = "/" + strings.Repeat("x", durable.MaxSocketPath-len("/"+"/api.sock")+1)

@@ -135,15 +135,20 @@ func TestStatusCodes(t *testing.T) { // CODE-8, CODE-9, CODE-10, D-13, WL-10, WL
 
 func TestEveryMethodHasARule(t *testing.T) { // I11
 	e := serve(t, &source{err: errNotSynced})
-	if missing := rpc.Uncovered(e.server.grpc, Methods()); len(missing) != 0 {
-		t.Fatalf("no rule for %v", missing)
-	}
-	registered := 0
-	for _, info := range e.server.grpc.GetServiceInfo() {
-		registered += len(info.Methods)
-	}
-	if registered != len(Methods()) {
-		t.Fatalf("%d methods registered, %d rules", registered, len(Methods()))
+	for name, socket := range map[string]struct {
+		server *grpc.Server
+		rules  rpc.Methods
+	}{"api": {e.server.api, Methods()}, "sds": {e.server.sds, SDSMethods()}} {
+		if missing := rpc.Uncovered(socket.server, socket.rules); len(missing) != 0 {
+			t.Fatalf("%s: no rule for %v", name, missing)
+		}
+		registered := 0
+		for _, info := range socket.server.GetServiceInfo() {
+			registered += len(info.Methods)
+		}
+		if registered != len(socket.rules) {
+			t.Fatalf("%s: %d methods registered, %d rules", name, registered, len(socket.rules))
+		}
 	}
 }
 

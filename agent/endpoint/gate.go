@@ -9,6 +9,7 @@ const (
 	descriptors resource = iota
 	shed                 // connections kept only to be told that they are too many
 	streams
+	secretStreams // those of SDS, of which each may hold a request in the making
 	held
 	resources
 )
@@ -32,11 +33,14 @@ type gate struct {
 
 func newGate(l Limits) *gate {
 	return &gate{
-		limit:       usage{descriptors: l.Descriptors, shed: maxShed, streams: l.Streams, held: l.Held},
-		limitPerUID: usage{descriptors: l.DescriptorsPerUID, shed: maxShedPerUID, streams: l.StreamsPerUID, held: l.HeldPerUID},
+		limit:       usage{descriptors: l.Descriptors, shed: maxShed, streams: l.Streams, secretStreams: share(l.Streams), held: l.Held},
+		limitPerUID: usage{descriptors: l.DescriptorsPerUID, shed: maxShedPerUID, streams: l.StreamsPerUID, secretStreams: share(l.StreamsPerUID), held: l.HeldPerUID},
 		byUID:       map[uint32]*usage{},
 	}
 }
+
+// share is how many of n streams may be SDS's.
+func share(n int) int { return max(1, n/4) }
 
 // take counts n of r for a user, or says that it is too much.
 func (g *gate) take(uid uint32, r resource, n int) bool {

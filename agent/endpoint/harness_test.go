@@ -224,6 +224,7 @@ type endpoint struct {
 	source *source
 	reg    *prometheus.Registry
 	path   string
+	sds    string // path of the socket for Envoy
 	stop   func()
 }
 
@@ -269,17 +270,11 @@ func serve(t testing.TB, src *source, opts ...option) *endpoint {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	e := &endpoint{t: t, server: s, source: src, reg: reg, path: filepath.Join(dir, "api.sock")}
-	lis, err := net.Listen("unix", e.path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(e.path, 0o666); err != nil {
-		t.Fatal(err)
-	}
+	e := &endpoint{t: t, server: s, source: src, reg: reg, path: filepath.Join(dir, "api.sock"), sds: filepath.Join(dir, "sds.sock")}
+	sockets := Sockets{API: listen(t, e.path), SDS: listen(t, e.sds)}
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- s.Serve(ctx, lis) }()
+	go func() { served <- s.Serve(ctx, sockets) }()
 	e.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
@@ -299,10 +294,27 @@ func serve(t testing.TB, src *source, opts ...option) *endpoint {
 	return e
 }
 
+func listen(t testing.TB, path string) net.Listener {
+	t.Helper()
+	lis, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	return lis
+}
+
 func (e *endpoint) conn(opts ...grpc.DialOption) *grpc.ClientConn {
 	e.t.Helper()
+	return e.connTo(e.path, opts...)
+}
+
+func (e *endpoint) connTo(path string, opts ...grpc.DialOption) *grpc.ClientConn {
+	e.t.Helper()
 	opts = append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	cc, err := grpc.NewClient("unix://"+e.path, opts...)
+	cc, err := grpc.NewClient("unix://"+path, opts...)
 	if err != nil {
 		e.t.Fatal(err)
 	}

@@ -17,7 +17,8 @@ type Limits struct {
 	Descriptors int `yaml:"descriptors"`
 	// DescriptorsPerUID bounds the same for one user. Default: three quarters.
 	DescriptorsPerUID int `yaml:"descriptors_per_uid"`
-	// Streams bounds open RPCs. An idle one takes about 12 KB. Default 16384.
+	// Streams bounds open RPCs. An idle one takes about 12 KB. At most a quarter
+	// of them may be SDS streams, whose requests may be larger. Default 16384.
 	Streams int `yaml:"streams"`
 	// StreamsPerUID bounds the same for one user. Default: three quarters.
 	StreamsPerUID int `yaml:"streams_per_uid"`

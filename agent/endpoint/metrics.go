@@ -12,13 +12,14 @@ import (
 // set stays closed whatever attestors say.
 var reasons = []string{
 	"attestation_failed", "caller_changed", "caller_gone", "caller_unresolvable", "load_shed", "no_identity", "not_synced",
-	"response_invalid", "response_too_large", "shutting_down", "stream_stalled", "svid_expired_server_unreachable", "svid_pending",
-	"too_many_groups",
+	"request_missing", "resource_names_invalid", "resource_unknown", "response_invalid", "response_too_large", "shutting_down",
+	"stream_stalled", "svid_expired_server_unreachable", "svid_pending", "too_many_groups", "type_url_unknown",
 }
 
 type metrics struct {
 	streams      *prometheus.GaugeVec
 	denials      map[string]prometheus.Counter
+	updates      map[verdict]prometheus.Counter
 	propagation  prometheus.Histogram
 	acceptErrors prometheus.Counter
 }
@@ -26,7 +27,7 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer, g *gate) *metrics {
 	m := &metrics{
 		streams: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "assay_workload_streams", Help: "Open streams of the Workload API, by method.",
+			Name: "assay_workload_streams", Help: "Open streams of the Workload API and SDS, by method.",
 		}, []string{"method"}),
 		denials: map[string]prometheus.Counter{},
 		propagation: prometheus.NewHistogram(prometheus.HistogramOpts{
@@ -41,15 +42,19 @@ func newMetrics(reg prometheus.Registerer, g *gate) *metrics {
 		Name: "assay_workload_held", Help: "Callers that wait for an identity.",
 	}, func() float64 { return float64(g.count(held)) })
 	spent := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "assay_workload_descriptors", Help: "Open files spent on callers of the Workload API.",
+		Name: "assay_workload_descriptors", Help: "Open files spent on callers of the Workload API and SDS.",
 	}, func() float64 { return float64(g.count(descriptors)) })
 	denials := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "assay_workload_denials_total", Help: "Connections and streams of the Workload API that were refused or ended by the agent, by reason.",
+		Name: "assay_workload_denials_total", Help: "Connections and streams of the Workload API and SDS that were refused or ended by the agent, by reason.",
 	}, []string{"reason"})
 	for _, r := range append(reasons, "other") {
 		m.denials[r] = denials.WithLabelValues(r)
 	}
-	reg.MustRegister(m.streams, m.propagation, m.acceptErrors, waiting, spent, denials)
+	updates := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "assay_sds_updates_total", Help: "SDS responses that Envoy took (ack) or rejected (nack); it goes on with what it had before then.",
+	}, []string{"result"})
+	m.updates = map[verdict]prometheus.Counter{acked: updates.WithLabelValues("ack"), nacked: updates.WithLabelValues("nack")}
+	reg.MustRegister(m.streams, m.propagation, m.acceptErrors, waiting, spent, denials, updates)
 	return m
 }
 

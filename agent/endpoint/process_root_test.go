@@ -6,16 +6,23 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"syscall"
 	"testing"
 
 	"google.golang.org/grpc/codes"
 )
 
-func TestChangedCallerGetsNothing(t *testing.T) { // NEG-41, WL-26
+func TestChangedCallerGetsNothing(t *testing.T) { // NEG-41, WL-26, SDS-14
+	for _, socket := range []string{"api.sock", "sds.sock"} {
+		t.Run(socket, func(t *testing.T) { change(t, socket) })
+	}
+}
+
+func change(t *testing.T, socket string) {
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
-	c := startClient(t, "setuid", e.path)
+	c := startClient(t, "setuid", filepath.Join(filepath.Dir(e.path), socket))
 	c.await("received")
 	c.tell("")
 	c.await("done")
@@ -29,11 +36,11 @@ func TestChangedCallerGetsNothing(t *testing.T) { // NEG-41, WL-26
 	}
 }
 
-func TestUsersAreToldApart(t *testing.T) { // WL-9
+func TestUsersAreToldApart(t *testing.T) { // WL-9, SDS-14
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))})
-	for _, uid := range []uint32{0, 77} {
-		c := startClient(t, "stay", e.path, func(cmd *exec.Cmd) {
+	for uid, socket := range map[uint32]string{0: e.path, 77: e.path, 78: e.sds, 1337: e.sds} {
+		c := startClient(t, "stay", socket, func(cmd *exec.Cmd) {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 		})
 		c.await("received")

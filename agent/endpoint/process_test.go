@@ -9,11 +9,15 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -80,12 +84,11 @@ func playStream(part, socket string) error {
 	if err != nil {
 		return err
 	}
-	ctx := metadata.AppendToOutgoingContext(context.Background(), headerKey, headerValue)
-	stream, err := workload.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	recv, err := openStream(cc, filepath.Base(socket) == "sds.sock")
 	if err != nil {
 		return err
 	}
-	if _, err := stream.Recv(); err != nil {
+	if err := recv(); err != nil {
 		return err
 	}
 	fmt.Println("received")
@@ -109,12 +112,38 @@ func playStream(part, socket string) error {
 		}
 	}
 	fmt.Println("done")
-	_, err = stream.Recv()
+	err = recv()
 	fmt.Println("ended", statusCode(err), reasonOf(err))
 	return nil
 }
 
-func TestPassedOnStreamGetsNothing(t *testing.T) { // NEG-41, WL-26
+// openStream opens a stream of one of the two APIs.
+func openStream(cc *grpc.ClientConn, sds bool) (recv func() error, err error) {
+	if !sds {
+		ctx := metadata.AppendToOutgoingContext(context.Background(), headerKey, headerValue)
+		stream, err := workload.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		return func() error {
+			_, err := stream.Recv()
+			return err
+		}, err
+	}
+	stream, err := secretv3.NewSecretDiscoveryServiceClient(cc).StreamSecrets(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := stream.Recv()
+		return err
+	}, stream.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}, Node: &corev3.Node{Id: "sidecar~10.0.0.1~victim.prod~prod.svc.cluster.local"}})
+}
+
+func TestPassedOnStreamGetsNothing(t *testing.T) { // NEG-41, WL-26, SDS-14
+	for _, socket := range []string{"api.sock", "sds.sock"} {
+		t.Run(socket, func(t *testing.T) { passOn(t, socket) })
+	}
+}
+
+func passOn(t *testing.T, socket string) {
 	ca := newAuthority(t)
 	e := serve(t, &source{snap: ca.snapshot(ca.svid("/a", ""))}, withTiming(func(w *timing) { w.grace = 50 * time.Millisecond }))
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -123,7 +152,7 @@ func TestPassedOnStreamGetsNothing(t *testing.T) { // NEG-41, WL-26
 	}
 	defer unix.Close(pair[0])
 	theirs := os.NewFile(uintptr(pair[1]), "theirs")
-	c := startClient(t, "pass", e.path, func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{theirs} })
+	c := startClient(t, "pass", filepath.Join(filepath.Dir(e.path), socket), func(cmd *exec.Cmd) { cmd.ExtraFiles = []*os.File{theirs} })
 	_ = theirs.Close()
 	c.await("received")
 	c.tell("")

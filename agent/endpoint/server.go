@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
@@ -57,6 +58,7 @@ type Config struct {
 	// Subscribe follows the state for a caller, by what the attestor says of it.
 	Subscribe func(selector.Set) Subscription
 	Limits    Limits
+	SDS       SDSConfig
 	// MessageTimeout is how long a caller may take from the headers of a call to
 	// its message; default 10 s. How long it is held after that is not bound by it.
 	MessageTimeout time.Duration
@@ -73,14 +75,16 @@ type timing struct {
 	send     time.Duration // until a stream counts as stalled
 	shed     time.Duration // that a connection beyond the limits stays
 	grace    time.Duration // for streams to end at shutdown
+	pace     time.Duration // between the requests of one SDS stream, after the first hundred
 }
 
 var defaultTiming = timing{
 	hold: 10 * time.Second, holdMost: 2 * time.Second, pending: 10 * time.Second,
-	send: 10 * time.Second, shed: 2 * time.Second, grace: 2 * time.Second,
+	send: 10 * time.Second, shed: 2 * time.Second, grace: 2 * time.Second, pace: 10 * time.Millisecond,
 }
 
-// Server is the Workload API endpoint.
+// Server is the agent's endpoint: the Workload API and SDS, a socket each.
+// Limits, attestor and metrics are for both together.
 type Server struct {
 	attestor  *attest.Attestor
 	subscribe func(selector.Set) Subscription
@@ -88,9 +92,11 @@ type Server struct {
 	log       *slog.Logger
 	metrics   *metrics
 	timing    timing
-	grpc      *grpc.Server
+	secrets   SDSConfig
+	nacks     *nackLog
+	api, sds  *grpc.Server
 	stopping  chan struct{}
-	sends     sync.WaitGroup // sends that outlive their handler for a moment
+	tails     sync.WaitGroup // sends and receives that outlive their handler for a moment
 
 	mu   sync.Mutex
 	open map[*conn]struct{}
@@ -101,42 +107,68 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.Limits.Check(); err != nil {
 		return nil, err
 	}
+	if err := cfg.SDS.Check(); err != nil {
+		return nil, err
+	}
 	limits := cfg.Limits.withDefaults()
 	gate := newGate(limits)
 	s := &Server{
 		attestor: cfg.Attestor, subscribe: cfg.Subscribe, gate: gate, log: cfg.Log,
 		metrics: newMetrics(cfg.Registerer, gate), timing: defaultTiming, stopping: make(chan struct{}),
-		open: map[*conn]struct{}{},
+		secrets: cfg.SDS.withDefaults(), nacks: newNACKLog(cfg.Log), open: map[*conn]struct{}{},
 	}
-	s.grpc = rpc.NewServer(rpc.ServerConfig{
-		Name: "api", Methods: Methods(), Creds: handshake{cfg.Attestor.Credentials(), s},
-		HeaderKey: headerKey, HeaderValue: headerValue,
+	common := rpc.ServerConfig{
+		Creds:          handshake{cfg.Attestor.Credentials(), s},
 		MessageTimeout: cmp.Or(cfg.MessageTimeout, 10*time.Second),
 		// Above the limit per user, so that what is too much is refused: gRPC's
 		// own limit makes clients wait in silence.
 		MaxStreams: uint32(limits.StreamsPerUID) + 100,
 		Log:        cfg.Log, Metrics: cfg.Calls, RefusalsPerSecond: 10,
-		Options: []grpc.ServerOption{
-			grpc.ChainStreamInterceptor(s.counted),
-			grpc.ForceServerCodecV2(newCodec()),
-			// Requests are a few bytes: small buffers do, and fixed windows save
-			// the pings that gRPC would measure bandwidth with.
-			grpc.ReadBufferSize(4 << 10),
-			grpc.StaticStreamWindowSize(64 << 10),
-			grpc.StaticConnWindowSize(64 << 10),
-			grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 10 * time.Minute}),
-		},
-	})
-	workload.RegisterSpiffeWorkloadAPIServer(s.grpc, workloadAPI{server: s})
-	// Clients that find no reflection assume that the endpoint has the Workload
-	// API only (WL-16).
-	reflection.Register(s.grpc)
+	}
+	s.api = s.newAPI(common)
+	s.sds = s.newSDS(common)
 	return s, nil
 }
 
-// Methods is the method table of the socket (I11). Who calls is established per
-// connection and judged in the handler, which can wait; the rules here only
-// demand that it was established.
+func (s *Server) newAPI(cfg rpc.ServerConfig) *grpc.Server {
+	cfg.Name, cfg.Methods, cfg.HeaderKey, cfg.HeaderValue = "api", Methods(), headerKey, headerValue
+	cfg.Options = s.options(streams)
+	api := rpc.NewServer(cfg)
+	workload.RegisterSpiffeWorkloadAPIServer(api, workloadAPI{server: s})
+	// Clients that find no reflection assume that the endpoint has the Workload
+	// API only (WL-16).
+	reflection.Register(api)
+	return api
+}
+
+// newSDS makes the server of the socket for Envoy. There is no header to demand:
+// neither Envoy nor istio-agent sends one.
+func (s *Server) newSDS(cfg rpc.ServerConfig) *grpc.Server {
+	cfg.Name, cfg.Methods, cfg.MaxRecvBytes = "sds", SDSMethods(), maxSDSRequest
+	cfg.Options = s.options(streams, secretStreams)
+	sds := rpc.NewServer(cfg)
+	secretv3.RegisterSecretDiscoveryServiceServer(sds, secretDiscovery{server: s})
+	return sds
+}
+
+// options of a socket whose calls count as each of what they take.
+func (s *Server) options(takes ...resource) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ChainStreamInterceptor(s.countedStream(takes)),
+		grpc.ChainUnaryInterceptor(s.countedCall(takes)),
+		grpc.ForceServerCodecV2(newCodec()),
+		// Requests are a few bytes: small buffers do, and fixed windows save
+		// the pings that gRPC would measure bandwidth with.
+		grpc.ReadBufferSize(4 << 10),
+		grpc.StaticStreamWindowSize(64 << 10),
+		grpc.StaticConnWindowSize(64 << 10),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 10 * time.Minute}),
+	}
+}
+
+// Methods is the method table of the Workload API's socket (I11). Who calls is
+// established per connection and judged in the handler, which can wait; the
+// rules here only demand that it was established.
 func Methods() rpc.Methods {
 	return rpc.Methods{
 		workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:                localCaller,
@@ -151,6 +183,15 @@ func Methods() rpc.Methods {
 	}
 }
 
+// SDSMethods is the method table of the socket for Envoy (I11).
+func SDSMethods() rpc.Methods {
+	return rpc.Methods{
+		secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: localCaller,
+		secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  localCaller,
+		secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  rpc.NotImplemented,
+	}
+}
+
 func localCaller(c rpc.Caller) error {
 	if !c.Local {
 		return fault.New(fault.Denied, "caller_unresolvable", "this socket serves processes of its own host only")
@@ -158,25 +199,39 @@ func localCaller(c rpc.Caller) error {
 	return nil
 }
 
-// Serve serves on a Unix listener until ctx ends, then ends all streams with
-// Unavailable and closes the listener. A Server serves once.
-func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
-	ended := make(chan error, 1)
-	go func() {
-		ended <- s.grpc.Serve(&listener{Listener: s.attestor.Listener(lis), server: s, closed: make(chan struct{})})
-	}()
-	var err error
+// Sockets are the Unix listeners of a Server.
+type Sockets struct {
+	API net.Listener // the Workload API
+	SDS net.Listener // Envoy's secret discovery service
+}
+
+// Serve serves both sockets until ctx ends, then ends all streams with
+// Unavailable and closes the listeners. A Server serves once.
+func (s *Server) Serve(ctx context.Context, sockets Sockets) error {
+	ended := make(chan error, 2)
+	serve := func(server *grpc.Server, lis net.Listener) {
+		ended <- server.Serve(&listener{Listener: s.attestor.Listener(lis), server: s, closed: make(chan struct{})})
+	}
+	go serve(s.api, sockets.API)
+	go serve(s.sds, sockets.SDS)
+	running := cap(ended)
+	var errs []error
+	take := func(err error) {
+		running--
+		if err != nil && !errors.Is(err, grpc.ErrServerStopped) { // stopped before it began
+			errs = append(errs, fmt.Errorf("serve workloads: %w", err))
+		}
+	}
 	select {
-	case err = <-ended:
-		s.stop()
+	case err := <-ended:
+		take(err)
 	case <-ctx.Done():
-		s.stop()
-		err = <-ended
 	}
-	if err != nil && !errors.Is(err, grpc.ErrServerStopped) { // stopped before it began
-		return fmt.Errorf("serve workload API: %w", err)
+	s.stop()
+	for running > 0 {
+		take(<-ended)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // stop ends all streams with a status that makes clients come back, and gives
@@ -184,13 +239,20 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 // that never said a word included: gRPC would wait for those.
 func (s *Server) stop() {
 	close(s.stopping)
+	servers := []*grpc.Server{s.api, s.sds}
 	force := time.AfterFunc(s.timing.grace, func() {
 		s.closeConnections()
-		s.grpc.Stop()
+		for _, server := range servers {
+			server.Stop()
+		}
 	})
-	s.grpc.GracefulStop()
+	var stopped sync.WaitGroup
+	for _, server := range servers {
+		stopped.Go(server.GracefulStop)
+	}
+	stopped.Wait()
 	force.Stop()
-	s.sends.Wait()
+	s.tails.Wait()
 }
 
 func (s *Server) closeConnections() {

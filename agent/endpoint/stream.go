@@ -42,22 +42,34 @@ var (
 // errInterrupted ends a handler whose client has left; hardly anybody reads it.
 var errInterrupted = fault.New(fault.NotReady, "interrupted", "the call was interrupted: retry")
 
-// counted is the interceptor that serves callers within their limits. A stream
-// counts from its headers on: its request may never come.
-func (s *Server) counted(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	ctx := stream.Context()
+// counted lets a call of a caller that is within its limits go on, until done.
+func (s *Server) counted(ctx context.Context, takes []resource) (done func(), err error) {
 	who, err := callerFrom(ctx)
 	if err != nil {
 		s.metrics.denied(err)
-		return err
+		return nil, err
 	}
 	uid := who.Caller().UID
-	if !s.gate.take(uid, streams, 1) {
+	for n, r := range takes {
+		if s.gate.take(uid, r, 1) {
+			continue
+		}
+		for _, taken := range takes[:n] {
+			s.gate.give(uid, taken, 1)
+		}
 		s.metrics.denied(errShed)
-		return errShed
+		return nil, errShed
 	}
-	defer s.gate.give(uid, streams, 1)
-	switch err = handler(srv, stream); {
+	return func() {
+		for _, r := range takes {
+			s.gate.give(uid, r, 1)
+		}
+	}, nil
+}
+
+// ended is what a call's client is told at its end.
+func (s *Server) ended(ctx context.Context, err error) error {
+	switch {
 	case err == nil:
 		return nil
 	case ctx.Err() == nil:
@@ -69,30 +81,64 @@ func (s *Server) counted(srv any, stream grpc.ServerStream, _ *grpc.StreamServer
 	return nil
 }
 
-// follow is the one way of every stream: caller -> subscription -> message.
+// countedStream is the interceptor that serves callers within their limits. A
+// stream counts from its headers on: its request may never come.
+func (s *Server) countedStream(takes []resource) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		done, err := s.counted(stream.Context(), takes)
+		if err != nil {
+			return err
+		}
+		defer done()
+		return s.ended(stream.Context(), handler(srv, stream))
+	}
+}
+
+// countedCall is countedStream for unary calls.
+func (s *Server) countedCall(takes []resource) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		done, err := s.counted(ctx, takes)
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+		resp, err := handler(ctx, req)
+		if err != nil && ctx.Err() == nil {
+			s.metrics.denied(err)
+		}
+		return resp, err
+	}
+}
+
+// follow serves a stream of the Workload API.
 func (s *Server) follow(stream grpc.ServerStream, p *profile) error {
 	who, err := callerFrom(stream.Context())
 	if err != nil {
 		return err
 	}
-	open := s.metrics.streams.WithLabelValues(p.method)
+	t := &teller{follower: follower{server: s, stream: stream, who: who}, profile: p}
+	return t.run(p.method, t.deliver)
+}
+
+// run is the one way of every stream: caller -> subscription -> message.
+func (f *follower) run(method string, deliver func(*cache.Snapshot) error) error {
+	open := f.server.metrics.streams.WithLabelValues(method)
 	open.Inc()
 	defer open.Dec()
-	process, err := who.Selectors(stream.Context())
+	process, err := f.who.Selectors(f.stream.Context())
 	if err != nil {
 		return err
 	}
-	sub := s.subscribe(process)
-	defer sub.Close()
-	f := &follower{server: s, stream: stream, profile: p, who: who, sub: sub}
+	f.sub = f.server.subscribe(process)
+	defer f.sub.Close()
 	snap, err := f.first()
 	for err == nil {
-		if err = f.deliver(snap); err == nil {
+		if err = deliver(snap); err == nil {
 			snap, err = f.next()
 		}
 	}
 	if fault.KindOf(err) == fault.Denied {
-		s.explain(stream.Context(), who, sub.Selectors())
+		f.server.explain(f.stream.Context(), f.who, f.sub.Selectors())
 	}
 	return err
 }
@@ -114,13 +160,16 @@ func (s *Server) explain(ctx context.Context, who *caller, selectors selector.Se
 
 // follower is one stream at work.
 type follower struct {
-	server  *Server
-	stream  grpc.ServerStream
-	profile *profile
-	who     *caller
-	sub     Subscription
-	// last is what the client has, nil before the first message.
-	last *message
+	server *Server
+	stream grpc.ServerStream
+	who    *caller
+	sub    Subscription
+	// incoming is what the client says while it is served, if that matters, and
+	// heed takes it in: it says whether there may be something to send by it.
+	incoming <-chan incoming
+	heed     func(incoming) (asks bool, err error)
+	// began: something was sent.
+	began bool
 	// waiting is when the stream began to wait for the snapshot at hand; zero
 	// if that was there already.
 	waiting time.Time
@@ -171,22 +220,29 @@ func (f *follower) holdTime() time.Duration {
 
 var errTimeUp = errors.New("time is up")
 
-// wait returns nil when the subscription has changed.
+// wait returns nil when the subscription has changed, or the client wants
+// something else.
 func (f *follower) wait(limit <-chan time.Time) error {
-	select {
-	case <-f.sub.Changed():
-		return nil
-	case <-f.stream.Context().Done():
-		return errInterrupted
-	case <-f.server.stopping:
+	for {
 		select {
-		case <-f.sub.Changed(): // a ban empties the cache first: tell of that
+		case <-f.sub.Changed():
 			return nil
-		default:
-			return errShutdown
+		case in := <-f.incoming:
+			if asks, err := f.heed(in); asks || err != nil {
+				return err
+			}
+		case <-f.stream.Context().Done():
+			return errInterrupted
+		case <-f.server.stopping:
+			select {
+			case <-f.sub.Changed(): // a ban empties the cache first: tell of that
+				return nil
+			default:
+				return errShutdown
+			}
+		case <-limit:
+			return errTimeUp
 		}
-	case <-limit:
-		return errTimeUp
 	}
 }
 
@@ -217,26 +273,53 @@ func (f *follower) next() (*cache.Snapshot, error) {
 	}
 }
 
+// teller is a follower that tells of each snapshot in one profile.
+type teller struct {
+	follower
+	profile *profile
+	// last is what the client has, nil before the first message.
+	last *message
+}
+
 // deliver sends a snapshot, unless the client has the same already.
-func (f *follower) deliver(snap *cache.Snapshot) error {
-	msg, err := f.profile.encode(snap)
+func (t *teller) deliver(snap *cache.Snapshot) error {
+	msg, err := t.profile.encode(snap)
 	if err != nil {
-		f.server.log.LogAttrs(f.stream.Context(), slog.LevelError, "answer withheld from a workload",
-			slog.String("method", f.profile.method), slog.String("error", err.Error()))
+		t.withheld(t.profile.method, err)
 		return err
 	}
-	if f.last == nil || !bytes.Equal(f.last.data, msg.data) { // WL-23
-		if err := f.who.Check(); err != nil { // WL-26
+	if t.last == nil || !bytes.Equal(t.last.data, msg.data) { // WL-23
+		if err := t.push(snap, msg); err != nil {
 			return err
 		}
-		if err := f.send(msg); err != nil {
-			return err
-		}
-		f.observe(snap)
 	}
-	f.sub.Sent(snap)
-	f.last, f.waiting = msg, time.Time{}
+	t.last = msg
+	t.has(snap)
 	return nil
+}
+
+// push sends what a snapshot became, if the caller is still who it was.
+func (f *follower) push(snap *cache.Snapshot, msg any) error {
+	if err := f.who.Check(); err != nil { // WL-26
+		return err
+	}
+	if err := f.send(msg); err != nil {
+		return err
+	}
+	f.began = true
+	f.observe(snap)
+	return nil
+}
+
+// has notes that the client has all that it is to have of a snapshot.
+func (f *follower) has(snap *cache.Snapshot) {
+	f.sub.Sent(snap)
+	f.waiting = time.Time{}
+}
+
+func (f *follower) withheld(method string, err error) {
+	f.server.log.LogAttrs(f.stream.Context(), slog.LevelError, "answer withheld from a workload",
+		slog.String("method", method), slog.String("error", err.Error()))
 }
 
 // observe measures how long an entry took to get here: only if the stream was
@@ -259,12 +342,12 @@ func (f *follower) observe(snap *cache.Snapshot) {
 // stream's quota, which nothing has used yet. Any later one may, if the client
 // does not read, so another goroutine sends it; that one ends with the stream at
 // the latest, and stop waits for it.
-func (f *follower) send(msg *message) error {
-	if f.last == nil {
+func (f *follower) send(msg any) error {
+	if !f.began {
 		return f.sent(f.stream.SendMsg(msg))
 	}
 	done := make(chan error, 1)
-	f.server.sends.Go(func() { done <- f.stream.SendMsg(msg) })
+	f.server.tails.Go(func() { done <- f.stream.SendMsg(msg) })
 	timer := time.NewTimer(f.server.timing.send)
 	defer timer.Stop()
 	select {

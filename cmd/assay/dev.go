@@ -32,6 +32,7 @@ type devShape struct {
 	AgentID        string `json:"agent_id"`
 	ServerSocket   string `json:"server_socket"`
 	EndpointSocket string `json:"endpoint_socket"`
+	SDSSocket      string `json:"sds_socket"`
 	Dir            string `json:"dir"`
 }
 
@@ -196,7 +197,7 @@ func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
 		return err
 	}
 	defer s.close()
-	ag, endpoint, err := d.newAgent(ctx, s, srv.Addr().String())
+	ag, sockets, err := d.newAgent(ctx, s, srv.Addr().String())
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil // stopped while it was starting
@@ -217,7 +218,8 @@ func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
 			return err
 		}
 		shape := devShape{
-			TrustDomain: d.f.trustDomain, AgentID: id, ServerSocket: srv.AdminSocket(), EndpointSocket: "unix://" + endpoint, Dir: d.dir,
+			TrustDomain: d.f.trustDomain, AgentID: id, ServerSocket: srv.AdminSocket(), EndpointSocket: "unix://" + filepath.Join(sockets, "api.sock"),
+			SDSSocket: filepath.Join(sockets, "sds.sock"), Dir: d.dir,
 		}
 		return d.t.print(shape, shape.write)
 	})
@@ -226,7 +228,7 @@ func (d *dev) runAgent(ctx context.Context, srv *server.Server) error {
 
 // newAgent prepares the agent. Each start gets a token: an agent that still has
 // its identity does not look at it, one that lost it joins anew.
-func (d *dev) newAgent(ctx context.Context, s *serverConn, address string) (ag *agent.Agent, endpoint string, err error) {
+func (d *dev) newAgent(ctx context.Context, s *serverConn, address string) (ag *agent.Agent, sockets string, err error) {
 	token, err := createToken(ctx, s, 10*time.Minute, "")
 	if err != nil {
 		return nil, "", err
@@ -246,7 +248,7 @@ func (d *dev) newAgent(ctx context.Context, s *serverConn, address string) (ag *
 	ag, err = agent.New(cfg, agent.Deps{
 		Log: d.log.With(slog.String("part", "agent")), Registerer: prometheus.NewRegistry(), Version: d.build.Version,
 	})
-	return ag, filepath.Join(d.dir, "public", "api.sock"), err
+	return ag, cfg.Sockets.Dir, err
 }
 
 // joined waits until the agent serves and the server sees it, and returns its
@@ -284,7 +286,9 @@ assay entry create --spiffe-id spiffe://%s/hello \
   --parent-id %s \
   --selector unix:uid:%s
 assay svid fetch
-`, s.TrustDomain, s.Dir, s.ServerSocket, s.EndpointSocket, s.TrustDomain, s.AgentID, strconv.Itoa(os.Getuid()))
+
+Envoy finds the same by SDS at %s
+`, s.TrustDomain, s.Dir, s.ServerSocket, s.EndpointSocket, s.TrustDomain, s.AgentID, strconv.Itoa(os.Getuid()), s.SDSSocket)
 	if err != nil {
 		return fmt.Errorf("write output: %w", err)
 	}

@@ -169,7 +169,7 @@ func TestDevPrintsWhatToExport(t *testing.T) {
 	var out bytes.Buffer
 	shape := devShape{
 		TrustDomain: "example.org", AgentID: "spiffe://example.org/assay/agent/join_token/01",
-		ServerSocket: "/run/user/7/assay-dev/admin.sock", EndpointSocket: "unix:///run/user/7/assay-dev/public/api.sock", Dir: "/run/user/7/assay-dev",
+		ServerSocket: "/run/user/7/assay-dev/admin.sock", EndpointSocket: "unix:///run/user/7/assay-dev/public/api.sock", SDSSocket: "/run/user/7/assay-dev/public/sds.sock", Dir: "/run/user/7/assay-dev",
 	}
 	if err := shape.write(&out); err != nil {
 		t.Fatal(err)
