@@ -188,7 +188,7 @@ func (s *Server) meshServer(r *rooms, own *identity) *grpc.Server {
 			failed:  func(err error) { s.metrics.rpc.HandshakeFailed("istio", err) },
 		},
 		MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc, RefusalsPerSecond: refusalLines,
-		Options: append(keepalives(),
+		Options: append(append(keepalives(), istioca.ServerOptions()...),
 			// Proxies ping every half minute, and some sooner; one that is told to
 			// go away loses its request.
 			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true})),

@@ -11,7 +11,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"maps"
@@ -20,11 +19,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -39,28 +37,36 @@ import (
 	"github.com/seed-caa81108/assay/test/istioclient"
 )
 
-const meshIssuer = "https://kubernetes.default.svc.cluster.local"
-
 // mesh is a server with a mesh whose tokens are verified by a key file; the test
 // has the key.
 type mesh struct {
 	*harness
-	signer *ecdsa.PrivateKey
+	issuer *istioclient.Issuer
 }
 
 func startMesh(t *testing.T, changes ...func(*Config)) *mesh {
 	t.Helper()
-	m := &mesh{signer: p256Key(t)}
+	issuer, err := istioclient.NewIssuer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mesh{issuer: issuer}
 	m.harness = start(t, append([]func(*Config){func(c *Config) { m.configure(t, c) }}, changes...)...)
 	return m
 }
 
 func (m *mesh) configure(t *testing.T, c *Config) {
+	keys, err := m.issuer.JWKS()
+	if err != nil {
+		t.Fatal(err)
+	}
 	file := filepath.Join(filepath.Dir(c.SealKeyFile), "jwks.json")
-	writeKeys(t, file, map[string]any{"k1": m.signer.Public()})
+	if err := os.WriteFile(file, keys, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	c.Istio = istioca.Config{
 		Listen: "127.0.0.1:0", DNSNames: []string{"ca.assay.svc"}, IPAddresses: []string{"127.0.0.1"},
-		Clusters: map[string]istioca.ClusterConfig{"prod": {Issuer: meshIssuer, OIDC: &istioca.OIDCConfig{JWKSFile: file}}},
+		Clusters: map[string]istioca.ClusterConfig{"prod": {Issuer: m.issuer.Name, OIDC: &istioca.OIDCConfig{JWKSFile: file}}},
 	}
 }
 
@@ -73,47 +79,13 @@ func p256Key(t testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-func writeKeys(t testing.TB, file string, keys map[string]any) {
-	t.Helper()
-	var set jose.JSONWebKeySet
-	for kid, key := range keys {
-		set.Keys = append(set.Keys, jose.JSONWebKey{Key: key, KeyID: kid, Use: "sig"})
-	}
-	data, err := json.Marshal(set)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(file, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
+func (m *mesh) sign(claims map[string]any) string {
+	return signToken(m.t, m.issuer.Key, istioclient.KeyID, claims)
 }
-
-// claims are those of a pod's projected token.
-func claims(namespace, account string) map[string]any {
-	now := time.Now()
-	return map[string]any{
-		"iss": meshIssuer, "aud": []string{"istio-ca"}, "sub": "system:serviceaccount:" + namespace + ":" + account,
-		"exp": now.Add(12 * time.Hour).Unix(), "iat": now.Unix(), "nbf": now.Unix(), "jti": rand.Text(),
-		"kubernetes.io": map[string]any{
-			"namespace": namespace, "serviceaccount": map[string]any{"name": account, "uid": "sa-uid"},
-			"pod": map[string]any{"name": account + "-1", "uid": "pod-uid"}, "node": map[string]any{"name": "node-1", "uid": "node-uid"},
-		},
-	}
-}
-
-func (m *mesh) sign(claims map[string]any) string { return signToken(m.t, m.signer, "k1", claims) }
 
 func signToken(t testing.TB, key crypto.Signer, kid string, claims any) string {
 	t.Helper()
-	alg := jose.ES256
-	if _, ok := key.(*rsa.PrivateKey); ok {
-		alg = jose.RS256
-	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: alg, Key: jose.JSONWebKey{Key: key, KeyID: kid}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := jwt.Signed(signer).Claims(claims).Serialize()
+	text, err := istioclient.Sign(key, kid, claims)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +97,7 @@ func (m *mesh) proxy(namespace, account string) *istioclient.Client {
 	m.t.Helper()
 	c := &istioclient.Client{
 		Address: m.server.IstioAddr().String(), Roots: func() []byte { return m.rooms.authority.Bundle().PEM() },
-		Token: func() (string, error) { return m.sign(claims(namespace, account)), nil }, ClusterID: "Kubernetes",
+		Token: func() (string, error) { return m.issuer.Token(namespace, account) }, ClusterID: "Kubernetes",
 		Identity: "spiffe://example.org/ns/" + namespace + "/sa/" + account, NewKey: istioclient.P256,
 	}
 	m.t.Cleanup(c.Close)
@@ -208,7 +180,7 @@ func TestCallersThatProveNothingHearNoMore(t *testing.T) {
 	m := startMesh(t)
 	with := func(key string, value any) func() string {
 		return func() string {
-			c := claims("foo", "sleep")
+			c := m.issuer.Claims("foo", "sleep")
 			if value == nil {
 				delete(c, key)
 			} else {
@@ -219,7 +191,7 @@ func TestCallersThatProveNothingHearNoMore(t *testing.T) {
 	}
 	text := func(s string) func() string { return func() string { return s } }
 	part := func(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
-	good := m.sign(claims("foo", "sleep"))
+	good := m.sign(m.issuer.Claims("foo", "sleep"))
 	payload := strings.Split(good, ".")[1]
 	nested := part(strings.Repeat(`{"a":`, 1000) + "1" + strings.Repeat("}", 1000))
 	for name, c := range map[string]struct {
@@ -239,23 +211,23 @@ func TestCallersThatProveNothingHearNoMore(t *testing.T) {
 		"zip":                     {text(part(`{"alg":"ES256","zip":"DEF"}`) + "." + payload + ".c2ln"), "token_malformed"},
 		"crit":                    {text(part(`{"alg":"ES256","crit":["x"]}`) + "." + payload + ".c2ln"), "token_malformed"},
 		"another audience":        {with("aud", []string{"vault"}), "audience"},
-		"the API server's":        {with("aud", []string{meshIssuer}), "audience"},
+		"the API server's":        {with("aud", []string{m.issuer.Name}), "audience"},
 		"no audience":             {with("aud", nil), "audience"},
 		"audience in part":        {with("aud", []string{"istio-ca2", "istio"}), "audience"},
 		"expired by a second":     {with("exp", time.Now().Add(-time.Second).Unix()), "token_expired"},
 		"without an end":          {with("exp", nil), "token_expired"},
 		"of a time to come":       {with("nbf", time.Now().Add(time.Hour).Unix()), "token_early"},
 		"another issuer":          {with("iss", "https://evil.example.org"), "cluster_unknown"},
-		"issuer with a slash":     {with("iss", meshIssuer+"/"), "cluster_unknown"},
+		"issuer with a slash":     {with("iss", m.issuer.Name+"/"), "cluster_unknown"},
 		"no ServiceAccount":       {with("sub", "alice"), "no_service_account"},
 		"three parts":             {with("sub", "system:serviceaccount:foo"), "no_service_account"},
 		"five parts":              {with("sub", "system:serviceaccount:foo:sleep:x"), "no_service_account"},
 		"another namespace":       {with("kubernetes.io", map[string]any{"namespace": "bar"}), "no_service_account"},
 		"half a pod":              {with("kubernetes.io", map[string]any{"pod": map[string]any{"name": "x"}}), "not_bound"},
 		"not bound to a pod":      {with("kubernetes.io", nil), "not_bound"},
-		"signature of another":    {func() string { return signToken(t, p256Key(t), "k1", claims("foo", "sleep")) }, "token_invalid"},
-		"key that is not known":   {func() string { return signToken(t, m.signer, "k2", claims("foo", "sleep")) }, "token_invalid"},
-		"another's claims, glued": {text(strings.Split(good, ".")[0] + "." + strings.Split(m.sign(claims("foo", "admin")), ".")[1] + "." + strings.Split(good, ".")[2]), "token_invalid"},
+		"signature of another":    {func() string { return signToken(t, p256Key(t), "k1", m.issuer.Claims("foo", "sleep")) }, "token_invalid"},
+		"key that is not known":   {func() string { return signToken(t, m.issuer.Key, "k2", m.issuer.Claims("foo", "sleep")) }, "token_invalid"},
+		"another's claims, glued": {text(strings.Split(good, ".")[0] + "." + strings.Split(m.sign(m.issuer.Claims("foo", "admin")), ".")[1] + "." + strings.Split(good, ".")[2]), "token_invalid"},
 	} {
 		p := m.proxy("foo", "sleep")
 		p.Token = nil
@@ -280,10 +252,10 @@ func TestCallersThatProveNothingHearNoMore(t *testing.T) {
 func TestNoHeaderGivesAnIdentity(t *testing.T) {
 	m := startMesh(t)
 	conn := m.dialMesh(t, nil)
-	good := "Bearer " + m.sign(claims("foo", "sleep"))
+	good := "Bearer " + m.sign(m.issuer.Claims("foo", "sleep"))
 	for name, headers := range map[string][]string{
 		"Basic":              {"authorization", "Basic Zm9vOmJhcg=="},
-		"lower-case bearer":  {"authorization", "bearer " + m.sign(claims("foo", "sleep"))},
+		"lower-case bearer":  {"authorization", "bearer " + m.sign(m.issuer.Claims("foo", "sleep"))},
 		"two tokens":         {"authorization", good, "authorization", good},
 		"client certificate": {"x-forwarded-client-cert", `By=spiffe://example.org/x;URI=spiffe://example.org/ns/foo/sa/sleep`},
 		"forwarded":          {"x-forwarded-for", "127.0.0.1", "x-forwarded-user", "system:serviceaccount:foo:sleep"},
@@ -377,7 +349,7 @@ func TestRequestsOfKnownCallersThatAreRefused(t *testing.T) {
 	}
 	conn := m.dialMesh(t, nil)
 	large := &istiov1.IstioCertificateRequest{Csr: strings.Repeat("x", 1<<20)}
-	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+m.sign(claims("foo", "sleep")))
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+m.sign(m.issuer.Claims("foo", "sleep")))
 	if _, err := istiov1.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, large); err == nil {
 		t.Error("a message of a megabyte was taken")
 	}
@@ -526,4 +498,34 @@ func noIdentity(accounts string) kube.Rule {
 
 func shortLived(accounts string, ttl time.Duration) kube.Rule {
 	return kube.Rule{ServiceAccounts: []string{accounts}, X509SVIDTTL: ttl}
+}
+
+// CA-21: a mesh that renews at once gets to each what is his, under a serial of
+// its own.
+func TestManyProxiesAtOnce(t *testing.T) {
+	const proxies = 500
+	m := startMesh(t, func(c *Config) { c.Limits.AnonymousConnections = 2 * proxies })
+	clients := make([]*istioclient.Client, proxies)
+	for i := range clients {
+		clients[i] = m.proxy("foo", fmt.Sprint("sleep-", i))
+	}
+	var mu sync.Mutex
+	serials := map[string]string{}
+	var all sync.WaitGroup
+	for _, c := range clients {
+		all.Go(func() {
+			got, err := c.Fetch(t.Context()) // holds name and key to the request
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			serials[got.Leaf.SerialNumber.String()] = c.Identity
+		})
+	}
+	all.Wait()
+	if len(serials) != proxies {
+		t.Errorf("%d serials for %d proxies", len(serials), proxies)
+	}
 }

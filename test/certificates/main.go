@@ -28,6 +28,7 @@ import (
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
 	"github.com/seed-caa81108/assay/server/ca"
 	"github.com/seed-caa81108/assay/test/harness"
+	"github.com/seed-caa81108/assay/test/istioclient"
 )
 
 func main() {
@@ -60,6 +61,7 @@ func (c *collector) write(kind string, der []byte) {
 
 func (c *collector) collect() {
 	s := harness.NewSite(c, c.bins, "")
+	proxies := c.mesh(s)
 	s.StartServer()
 	a := s.NewAgent("agent")
 	a.Start(a.Join())
@@ -67,6 +69,7 @@ func (c *collector) collect() {
 	c.workloads(s, a)
 	c.otherKeys(s, a)
 	c.minted(s)
+	c.proxied(proxies)
 	c.complete()
 }
 
@@ -171,6 +174,26 @@ func (c *collector) minted(s *harness.Site) {
 	c.Must(err)
 	block, _ := pem.Decode(data)
 	c.write("minted", block.Bytes)
+}
+
+// mesh makes the server the CA of one.
+func (c *collector) mesh(s *harness.Site) *istioclient.Client {
+	issuer, err := istioclient.NewIssuer()
+	c.Must(err)
+	keys, err := issuer.JWKS()
+	c.Must(err)
+	return &istioclient.Client{
+		Address: fmt.Sprintf("127.0.0.1:%d", s.ServeMesh(issuer.Name, keys)), Roots: func() []byte { return []byte(s.CLI("bundle", "show")) },
+		Token: func() (string, error) { return issuer.Token("foo", "sleep") }, Identity: "spiffe://example.org/ns/foo/sa/sleep",
+	}
+}
+
+// proxied fetches a certificate as a sidecar does, with its RSA key.
+func (c *collector) proxied(proxy *istioclient.Client) {
+	got, err := proxy.Fetch(context.Background())
+	c.Must(err)
+	proxy.Close()
+	c.write("mesh", got.Leaf.Raw)
 }
 
 // identity reads the agent's own key and chain from its data directory.
