@@ -389,7 +389,7 @@ func TestLifeThatIsAskedForIsAWish(t *testing.T) {
 	}
 }
 
-// CA-16, CA-17: how proxies may connect.
+// CA-16, CA-17, NEG-34: how proxies may connect.
 func TestConnectionsOfProxies(t *testing.T) {
 	m := startMesh(t, func(c *Config) { c.Istio.DNSNames = append(c.Istio.DNSNames, "istiod.istio-system.svc") })
 	call := func(conn *grpc.ClientConn) error {

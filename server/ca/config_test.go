@@ -29,7 +29,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 }
 
-// I6: what can't be honoured is refused, and the message's value would pass.
+// I6, ZT-9: what can't be honoured is refused, and the message's value would pass.
 func TestConfigMessagesProposeValuesThatPass(t *testing.T) {
 	day := 24 * time.Hour
 	proposal := regexp.MustCompile(`set (?:(ca\.\w+): |at least |at most )([0-9hms.]+)`)

@@ -21,11 +21,11 @@ type Config struct {
 	// 1.2 or 1.3: the mesh's caAddress. It has a port of its own; :8444 is usual.
 	// Default none, which turns the mesh's CA off.
 	Listen string `yaml:"listen"`
-	// DNSNames and IPAddresses are by what proxies reach Listen: the host part of
-	// caAddress has to be one of them. They stand in the certificate of Listen,
-	// beside the server's SPIFFE ID. A changed one needs a restart. At least one
-	// is needed.
-	DNSNames    []string `yaml:"dns_names"`
+	// DNSNames are by what proxies reach Listen: the host part of caAddress has to
+	// be one of them. They stand in the server's certificate, beside its SPIFFE ID.
+	// Mandatory, unless IPAddresses are set.
+	DNSNames []string `yaml:"dns_names"`
+	// IPAddresses are the same for a caAddress that is an address. Default none.
 	IPAddresses []string `yaml:"ip_addresses"`
 	// Audiences are for what a proxy's token may be made; one has to be among its
 	// own. Default istio-ca, which is what Istio asks for.

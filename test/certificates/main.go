@@ -102,7 +102,7 @@ func (c *collector) workloads(s *harness.Site, a *harness.Agent) {
 	s.CreateEntry(a.ID, "spiffe://example.org/plain", "--hint", "workload")
 	s.CreateEntry(a.ID, "spiffe://example.org/dns", "--hint", "workload-dns", "--dns", "web.example.org", "--dns", "*.shop.example.org")
 	s.CreateEntry(a.ID, "spiffe://example.org/short", "--hint", "workload-short", "--ttl", "1m")
-	s.CreateEntry(a.ID, "spiffe://example.org/ns/team-a_b/sa/Web.v2", "--hint", "workload-path")
+	s.CreateEntry(a.ID, "spiffe://example.org/teams/team-a_b/Web.v2", "--hint", "workload-path")
 
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()

@@ -34,7 +34,7 @@ func (s span) ids() []id {
 }
 
 var (
-	idPattern = regexp.MustCompile(`\b(ID|X509|JWT|WIT|BUN|WL|FED|BRK|CODE|CLIENT|D|PLAN|NEG|SDS)-(\d+)\b`)
+	idPattern = regexp.MustCompile(`\b(ID|X509|JWT|WIT|BUN|WL|FED|BRK|CODE|CLIENT|D|PLAN|NEG|SDS|CA|ZT|IS)-(\d+)\b`)
 	// What may follow an id: the end of a range, or another number of its kind.
 	rangePattern = regexp.MustCompile(`^(?:\.\.| to )(?:([A-Z][A-Z0-9]*)-)?(\d+)\b`)
 	alsoPattern  = regexp.MustCompile(`^, ?(\d+)\b`)

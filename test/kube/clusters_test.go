@@ -7,7 +7,10 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/seed-caa81108/assay/test/harness"
+	"github.com/seed-caa81108/assay/test/istioclient"
 )
 
 // Two clusters of one trust domain, each with an API server of its own, whose
@@ -59,4 +62,42 @@ func TestTwoClustersInOneTrustDomain(t *testing.T) {
 			t.Errorf("a server whose clusters collide: exit %d\n%s", code, log)
 		}
 	})
+}
+
+// CA-9, ZT-6: a mesh over two clusters whose tokens have the same issuer. A token
+// is of the cluster that the caller names, by that one's API server, and a node
+// proxy of one gets nothing of the other's.
+func TestAMeshOverTwoClusters(t *testing.T) {
+	east := cluster.NewSpace(t)
+	west := east.Twin(t, Start(t, "../../out/kube"))
+	var ports harness.Ports
+	port := ports.Free(t)
+	config := "kubernetes:\n  namespace_sameness: true\n  clusters:\n"
+	spaces := map[string]*Space{"east": east, "west": west}
+	for name, s := range spaces {
+		s.Account("assay-server", serverRules...)
+		s.Account("web-" + name)
+		s.Account("ztunnel")
+		config += fmt.Sprintf("    %s:\n      kubeconfig: %s\n      agent_service_accounts: [%s/assay-agent]\n", name, s.Kubeconfig(s.Token("assay-server", "", nil)), s.Namespace)
+	}
+	config += fmt.Sprintf("istio:\n  listen: 127.0.0.1:%d\n  ip_addresses: [127.0.0.1]\n  trusted_node_accounts: [%s/ztunnel]\n"+
+		"  clusters:\n    east: {cluster_id: East, issuer: %q}\n    west: {cluster_id: West, issuer: %q}\n", port, east.Namespace, issuer, issuer)
+	site := harness.NewSite(t, bins, config)
+	site.StartServer()
+	meshes, ztunnels, webs := map[string]*mesh{}, map[string]*corev1.Pod{}, map[string]*corev1.Pod{}
+	for name, s := range spaces {
+		node := s.Node("a").Name
+		meshes[name] = &mesh{Space: s, t: t, site: site, port: port}
+		webs[name] = s.Run(Pod{Name: "web-1", Node: node, Account: "web-" + name})
+		ztunnels[name] = s.Run(Pod{Name: "ztunnel-1", Node: node, Account: "ztunnel"})
+	}
+	m := meshes["east"]
+	in := func(c *istioclient.Client, id string) *istioclient.Client { c.ClusterID = id; return c }
+	m.issued("of the east", in(m.proxy("web-east", webs["east"]), "East"))
+	m.issued("of the west", in(meshes["west"].proxy("web-west", webs["west"]), "West"))
+	m.issued("a pod of the east, by its ztunnel", in(m.ztunnel(ztunnels["east"], "web-east"), "East"))
+	m.refused("no cluster's", in(m.proxy("web-east", webs["east"]), ""), "cluster_ambiguous")
+	m.refused("as one of the west", in(m.proxy("web-east", webs["east"]), "West"), "token_invalid")
+	m.refused("a pod of the west, by the ztunnel of the east", in(m.ztunnel(ztunnels["east"], "web-west"), "East"), "no_such_workload_on_node")
+	m.refused("the same, as one of the west", in(m.ztunnel(ztunnels["east"], "web-west"), "West"), "token_invalid")
 }
