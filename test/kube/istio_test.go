@@ -29,14 +29,17 @@ type mesh struct {
 	port int
 }
 
-func newMesh(t *testing.T) *mesh {
+func newMesh(t *testing.T) *mesh { return newMeshWith(t, "") }
+
+// newMeshWith is newMesh with more in the istio part.
+func newMeshWith(t *testing.T, more string) *mesh {
 	t.Helper()
 	s := cluster.NewSpace(t)
 	var ports harness.Ports
 	m := &mesh{Space: s, t: t, port: ports.Free(t)}
 	m.Account("ztunnel")
 	m.site = s.site(t, fmt.Sprintf("istio:\n  listen: 127.0.0.1:%d\n  dns_names: [assay-server.assay.svc]\n  ip_addresses: [127.0.0.1]\n"+
-		"  trusted_node_accounts: [%s/ztunnel]\n  clusters:\n    test: {issuer: %q}\n", m.port, s.Namespace, issuer))
+		"  trusted_node_accounts: [%s/ztunnel]\n  clusters:\n    test: {issuer: %q}\n%s", m.port, s.Namespace, issuer, more))
 	return m
 }
 
