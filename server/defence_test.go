@@ -147,7 +147,8 @@ func TestServerThatCannotSignIsNotReady(t *testing.T) {
 // no file of the server, after flows that work and flows that fail, at debug
 // level.
 func TestSecretsAreNowhere(t *testing.T) {
-	h := start(t)
+	m := startMesh(t)
+	h := m.harness
 	o := h.operator()
 	told := &strings.Builder{} // every error that a peer saw
 	tell := func(err error) {
@@ -232,6 +233,15 @@ func TestSecretsAreNowhere(t *testing.T) {
 	canaries["DNS name"] = []byte("CANARY-name")
 	for _, csr := range [][]byte{subject, evil, broken, canaries["nonsense CSR"]} {
 		_, err := o.svids.MintX509SVID(t.Context(), &svidv1.MintX509SVIDRequest{Csr: csr})
+		tell(err)
+	}
+	// The tokens of proxies: one that is good, one that is nobody's.
+	for name, proxy := range map[string]string{"proxy": m.sign(m.issuer.Claims("foo", "sleep")), "forged proxy": signToken(t, p256Key(t), "k1", m.issuer.Claims("foo", "sleep"))} {
+		canaries["token of a "+name] = []byte(proxy)
+		canaries["signature of the token of a "+name] = []byte(proxy[strings.LastIndexByte(proxy, '.')+1:])
+		p := m.proxy("foo", "sleep")
+		p.Token = func() (string, error) { return proxy, nil }
+		_, err := p.Fetch(t.Context())
 		tell(err)
 	}
 	conn := h.connect(nil)

@@ -34,6 +34,11 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			return nil, err
 		}
 	}
+	// What has not happened yet is told too, so that the first time is an increase.
+	m.requests.WithLabelValues("issued", "ok")
+	for _, result := range []string{"issued", "refused", "failed"} {
+		m.impersonations.WithLabelValues(result)
+	}
 	return m, nil
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/seed-caa81108/assay/agent"
 	"github.com/seed-caa81108/assay/pkg/daemon"
 	"github.com/seed-caa81108/assay/server"
+	"github.com/seed-caa81108/assay/server/istioca"
 	"github.com/seed-caa81108/assay/server/kube"
 )
 
@@ -49,6 +50,7 @@ clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}], users: [{name: 
 		Kubernetes: kube.Config{Clusters: map[string]kube.ClusterConfig{
 			"c": {Kubeconfig: nowhere, AgentServiceAccounts: []string{"assay/assay-agent"}, BundleConfigMap: "assay/assay-bundle"},
 		}},
+		Istio:       istioca.Config{Listen: "127.0.0.1:0", IPAddresses: []string{"127.0.0.1"}},
 		TrustDomain: "example.org", Bootstrap: time.Now().UTC().Format(time.DateOnly), SealKeyFile: seal,
 		Listen: "127.0.0.1:0", DataDir: filepath.Join(dir, "server"),
 		Admin: server.AdminConfig{Socket: filepath.Join(dir, "run", "admin.sock")},
