@@ -14,8 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
@@ -102,9 +104,15 @@ func startHandshakes(t *testing.T, source *workloadapi.X509Source) *handshakes {
 	return startHandshakesBetween(t, source, source, 5*time.Millisecond)
 }
 
+// identity is what a workload makes connections with.
+type identity interface {
+	x509svid.Source
+	x509bundle.Source
+}
+
 // startHandshakesBetween is startHandshakes for two workloads, with a pause
 // between one and the next.
-func startHandshakesBetween(t *testing.T, server, client *workloadapi.X509Source, pause time.Duration) *handshakes {
+func startHandshakesBetween(t *testing.T, server, client identity, pause time.Duration) *handshakes {
 	t.Helper()
 	member := tlsconfig.AuthorizeMemberOf(spiffeid.RequireTrustDomainFromString("example.org"))
 	lis, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(server, server, member))

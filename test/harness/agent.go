@@ -45,6 +45,9 @@ func (a *Agent) Socket() string { return a.site.File(a.name + "/pub/api.sock") }
 // Endpoint is Socket as an address.
 func (a *Agent) Endpoint() string { return "unix://" + a.Socket() }
 
+// SDSSocket is the path of the agent's socket for Envoy.
+func (a *Agent) SDSSocket() string { return a.site.File(a.name + "/pub/sds.sock") }
+
 // RunDir is what a reboot empties.
 func (a *Agent) RunDir() string { return a.site.File(a.name + "/run") }
 
