@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -17,6 +18,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // shows says in which form content has a secret, or nothing.
@@ -54,6 +64,39 @@ func files(t *testing.T, dir string) map[string][]byte {
 		t.Fatal(err)
 	}
 	return found
+}
+
+// rejectSecret fetches the workload's key by SDS and rejects it with a text that
+// gives it away. It asks for what is not there, too, and tells of the errors.
+func rejectSecret(t *testing.T, m *machine, told io.Writer) (keyPEM []byte) {
+	t.Helper()
+	cc := must(grpc.NewClient("unix://"+filepath.Join(m.cfg.Sockets.Dir, "sds.sock"), grpc.WithTransportCredentials(insecure.NewCredentials())))
+	defer func() { _ = cc.Close() }()
+	stream := must(secretv3.NewSecretDiscoveryServiceClient(cc).StreamSecrets(t.Context()))
+	if err := stream.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}}); err != nil {
+		t.Fatal(err)
+	}
+	resp := must(stream.Recv())
+	secret := &tlsv3.Secret{}
+	if err := resp.GetResources()[0].UnmarshalTo(secret); err != nil {
+		t.Fatal(err)
+	}
+	keyPEM = secret.GetTlsCertificate().GetPrivateKey().GetInlineBytes()
+	if err := stream.Send(&discoveryv3.DiscoveryRequest{
+		ResourceNames: []string{"default"}, ResponseNonce: resp.GetNonce(), ErrorDetail: &rpcstatus.Status{Message: "can't load " + string(keyPEM)},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	m.awaitLog("a client of SDS rejected")
+	if err := stream.Send(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"file-root:system"}, ResponseNonce: resp.GetNonce()}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := stream.Recv()
+	if status.Code(err) != codes.InvalidArgument {
+		t.Errorf("unknown name: %v", err)
+	}
+	fmt.Fprintf(told, "%v %+v\n", err, err)
+	return keyPEM
 }
 
 // I10: joining, being refused, serving, an outage, a restart and a ban leave no
@@ -101,6 +144,11 @@ func TestSecretsOfTheAgentAreNowhere(t *testing.T) {
 		keep(name, svid.PrivateKey.(*ecdsa.PrivateKey))
 	}
 	fetch("the workload's key")
+	for n, line := range bytes.Split(rejectSecret(t, m, told), []byte("\n")) {
+		if len(line) == 64 {
+			secrets[fmt.Sprint("the workload's key in PEM, line ", n)] = line
+		}
+	}
 	sealed := filepath.Join(m.cfg.RunDir, "svids.sealed")
 	eventually(t, "the sealed file", func() error { _, err := os.Stat(sealed); return err })
 	var identity struct{ Key []byte }
