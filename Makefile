@@ -5,6 +5,10 @@ GO      ?= go
 OUT     := out
 BIN     := bin
 TOOLS   := $(OUT)/tools
+# Without gRPC's trace pages, which nothing here serves: they use templates, for
+# which the linker keeps every method of every type, Envoy's checks of its whole
+# configuration among them.
+TAGS    := grpcnotrace
 export CGO_ENABLED ?= 0
 
 # What the race detector needs; everything else is built without cgo.
@@ -12,14 +16,14 @@ RACE    := CGO_ENABLED=1 $(GO) test -race
 
 .PHONY: build images images-check demo test test-kube check bench conformance generate generate-check released manifests manifests-check docs zlint alerts lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
-	$(GO) build -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
+	$(GO) build -tags $(TAGS) -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
 # No daemon and no base image: a program of ours puts static binaries into OCI
 # archives. VCS information is asked for, since versions and labels come from it.
 ARCHS   ?= amd64 arm64
 IMAGES  := $(OUT)/images
 images: $(TOOLS)/image ## OCI images of server and agent, for ARCHS; REPOSITORY and TAG name them
-	for arch in $(ARCHS); do GOOS=linux GOARCH=$$arch $(GO) build -buildvcs=auto -trimpath -ldflags '-s -w' -o $(IMAGES)/linux-$$arch/ ./cmd/... || exit; done
+	for arch in $(ARCHS); do GOOS=linux GOARCH=$$arch $(GO) build -buildvcs=auto -tags $(TAGS) -trimpath -ldflags '-s -w' -o $(IMAGES)/linux-$$arch/ ./cmd/... || exit; done
 	$(TOOLS)/image -o $(IMAGES) $(addprefix -repository=,$(REPOSITORY)) $(addprefix -tag=,$(TAG)) $(ARCHS:%=$(IMAGES)/linux-%)
 
 images-check: images ## the same sources give the same bytes

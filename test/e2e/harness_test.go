@@ -59,7 +59,7 @@ func (b *binaries) built(t testing.TB) string {
 	t.Helper()
 	b.once.Do(func() {
 		b.dir = filepath.Join(buildRoot, "bin-"+b.tags)
-		cmd := exec.Command("go", "build", "-trimpath", "-tags", b.tags, "-o", b.dir+"/", "./cmd/...")
+		cmd := exec.Command("go", "build", "-trimpath", "-tags", "grpcnotrace,"+b.tags, "-o", b.dir+"/", "./cmd/...")
 		cmd.Dir = "../.."
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
