@@ -372,10 +372,18 @@ func TestLifeThatIsAskedForIsAWish(t *testing.T) {
 		asked     int64
 		want      time.Duration
 	}{
-		{"foo", -1, 30 * time.Minute}, {"foo", -1 << 63, 30 * time.Minute}, {"foo", 86400, time.Hour},
-		{"foo", 1 << 62, time.Hour}, {"foo", 1<<63 - 1, time.Hour}, {"foo", 9223372037, time.Hour},
-		{"foo", 60, time.Minute}, {"foo", 1, time.Minute}, {"foo", 600, 10 * time.Minute},
-		{"short", 86400, 10 * time.Minute}, {"short", -1, 10 * time.Minute}, {"short", 120, 2 * time.Minute},
+		{"foo", -1, 30 * time.Minute},
+		{"foo", -1 << 63, 30 * time.Minute},
+		{"foo", 86400, time.Hour},
+		{"foo", 1 << 62, time.Hour},
+		{"foo", 1<<63 - 1, time.Hour},
+		{"foo", 9223372037, time.Hour},
+		{"foo", 60, time.Minute},
+		{"foo", 1, time.Minute},
+		{"foo", 600, 10 * time.Minute},
+		{"short", 86400, 10 * time.Minute},
+		{"short", -1, 10 * time.Minute},
+		{"short", 120, 2 * time.Minute},
 	} {
 		p := m.proxy(c.namespace, "sleep")
 		p.Validity = c.asked

@@ -41,9 +41,12 @@ func TestTokensNobodyWouldTakeAreNotAskedAbout(t *testing.T) {
 		"bearer_missing":  {{}, {"authorization", ""}, {"authorization", good}, {"authorization", "Bearer "}, {"authorization", "Bearer " + good, "authorization", "Bearer " + good}},
 		"token_too_large": {{"authorization", "Bearer " + strings.Repeat(".", 1<<20)}, {"authorization", "Bearer " + strings.Repeat("a", maxToken+1)}},
 		"token_malformed": {
-			{"authorization", "Bearer " + strings.Repeat(".", maxToken)}, {"authorization", "Bearer a.b"}, {"authorization", "Bearer " + good + ".x"},
+			{"authorization", "Bearer " + strings.Repeat(".", maxToken)},
+			{"authorization", "Bearer a.b"},
+			{"authorization", "Bearer " + good + ".x"},
 			{"authorization", "Bearer " + encoded(header, claims) + "."},
-			{"authorization", "Bearer " + encoded(`[]`, claims, "sig")}, {"authorization", "Bearer " + encoded(header, `{"aud":1}`, "sig")},
+			{"authorization", "Bearer " + encoded(`[]`, claims, "sig")},
+			{"authorization", "Bearer " + encoded(header, `{"aud":1}`, "sig")},
 			{"authorization", "Bearer " + encoded(header, strings.Repeat("[", 10000), "sig")},
 		},
 	} {
@@ -58,7 +61,8 @@ func TestTokensNobodyWouldTakeAreNotAskedAbout(t *testing.T) {
 // CA-09: who is asked about a token.
 func TestATokenIsOfOneCluster(t *testing.T) {
 	s := &Service{sources: []*source{
-		{name: "a", cfg: ClusterConfig{ClusterID: "A", Issuer: "same"}}, {name: "b", cfg: ClusterConfig{ClusterID: "B", Issuer: "same"}},
+		{name: "a", cfg: ClusterConfig{ClusterID: "A", Issuer: "same"}},
+		{name: "b", cfg: ClusterConfig{ClusterID: "B", Issuer: "same"}},
 		{name: "c", cfg: ClusterConfig{ClusterID: "C", Issuer: "own"}},
 	}}
 	for _, c := range []struct {
@@ -66,10 +70,19 @@ func TestATokenIsOfOneCluster(t *testing.T) {
 		ids    []string
 		want   string
 	}{
-		{"same", []string{"A"}, "a"}, {"same", []string{"B"}, "b"}, {"own", []string{"C"}, "c"}, {"own", nil, "c"}, {"own", []string{""}, "c"},
-		{"same", nil, "cluster_ambiguous"}, {"same", []string{"C"}, "cluster_unknown"}, {"own", []string{"A"}, "cluster_unknown"},
-		{"other", nil, "cluster_unknown"}, {"other", []string{"A"}, "cluster_unknown"}, {"same", []string{"a"}, "cluster_unknown"},
-		{"same", []string{"A", "A"}, "cluster_ambiguous"}, {"", []string{"A"}, "cluster_unknown"},
+		{"same", []string{"A"}, "a"},
+		{"same", []string{"B"}, "b"},
+		{"own", []string{"C"}, "c"},
+		{"own", nil, "c"},
+		{"own", []string{""}, "c"},
+		{"same", nil, "cluster_ambiguous"},
+		{"same", []string{"C"}, "cluster_unknown"},
+		{"own", []string{"A"}, "cluster_unknown"},
+		{"other", nil, "cluster_unknown"},
+		{"other", []string{"A"}, "cluster_unknown"},
+		{"same", []string{"a"}, "cluster_unknown"},
+		{"same", []string{"A", "A"}, "cluster_ambiguous"},
+		{"", []string{"A"}, "cluster_unknown"},
 	} {
 		var headers []string
 		for _, id := range c.ids {

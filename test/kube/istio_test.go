@@ -148,7 +148,7 @@ func TestSidecarsOfARealCluster(t *testing.T) {
 	m.Delete(pod)
 	m.site.Server.Eventually(time.Minute, "the token of a pod that is gone is refused", func() error {
 		if _, err := sidecar.Fetch(t.Context()); status.Code(err) != codes.Unauthenticated {
-			return fmt.Errorf("%v", err)
+			return fmt.Errorf("the code is %s", status.Code(err))
 		}
 		return nil
 	})
@@ -216,7 +216,7 @@ func TestNodeProxiesGetThePodsOfTheirNode(t *testing.T) {
 	again := m.Run(Pod{Name: "ztunnel-a", Node: b, Account: "ztunnel"})
 	m.site.Server.Eventually(time.Minute, "the token of a pod that was replaced is refused", func() error {
 		if _, err := left.Fetch(t.Context()); status.Code(err) != codes.Unauthenticated {
-			return fmt.Errorf("%v", err)
+			return fmt.Errorf("the code is %s", status.Code(err))
 		}
 		return nil
 	})
