@@ -26,6 +26,7 @@ type fakeAPI struct {
 	server *httptest.Server
 	status authenticationv1.TokenReviewStatus
 	pod    *corev1.Pod
+	list   []corev1.Pod // on node-1
 	node   *corev1.Node
 	code   int // of every answer, if it is not 0
 	asked  []string
@@ -75,6 +76,8 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer("TokenReview", "authentication.k8s.io/v1", authenticationv1.TokenReview{Status: f.status})
 	case r.URL.Path == "/api/v1/namespaces/assay/pods/agent-x" && f.pod != nil:
 		answer("Pod", "v1", f.pod)
+	case r.URL.Path == "/api/v1/namespaces/assay/pods" && r.URL.Query().Get("fieldSelector") == "spec.nodeName=node-1":
+		answer("PodList", "v1", corev1.PodList{Items: f.list})
 	case r.URL.Path == "/api/v1/nodes/node-1" && f.node != nil:
 		answer("Node", "v1", f.node)
 	default:

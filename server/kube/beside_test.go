@@ -1,0 +1,144 @@
+package kube
+
+import (
+	"errors"
+	"net/http"
+	"slices"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
+)
+
+// ZT-7: what is not known yet is looked for where it is known at once; nobody
+// hears no because the server was behind.
+func TestAPodThatIsNotKnownYetIsLookedFor(t *testing.T) {
+	f := newFake(t)
+	c := f.clusters()
+	x := c.byName["prod"].index
+	runs := func() error { return c.RunsOn(t.Context(), "prod", "node-1", "assay", "web") }
+	if err := runs(); fault.KindOf(err) != fault.NotReady {
+		t.Errorf("before anything is known: %v", err)
+	}
+	x.replaceNodes(nil)
+	x.replacePods(nil)
+	x.setOpen(watchNodes, true)
+	x.setOpen(watchPods, true)
+	web := func(change func(*corev1.Pod)) corev1.Pod {
+		p := corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "assay", Name: "web-1", UID: "web-uid"},
+			Spec:       corev1.PodSpec{ServiceAccountName: "web", NodeName: "node-1"},
+		}
+		if change != nil {
+			change(&p)
+		}
+		return p
+	}
+	now := metav1.NewTime(time.Now().Add(time.Minute))
+	for name, tc := range map[string]struct {
+		pods []corev1.Pod
+		ok   bool
+	}{
+		"a pod that is being started": {[]corev1.Pod{web(nil)}, true},
+		"none":                        {nil, false},
+		"another account":             {[]corev1.Pod{web(func(p *corev1.Pod) { p.Spec.ServiceAccountName = "web2" })}, false},
+		"another node":                {[]corev1.Pod{web(func(p *corev1.Pod) { p.Spec.NodeName = "node-2" })}, false},
+		"one that has ended":          {[]corev1.Pod{web(func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded })}, false},
+		"one that failed":             {[]corev1.Pod{web(func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })}, false},
+		"one that is being deleted":   {[]corev1.Pod{web(func(p *corev1.Pod) { p.DeletionTimestamp = &now })}, false},
+		"beside others":               {[]corev1.Pod{web(func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }), web(nil)}, true},
+	} {
+		f.list = tc.pods
+		err := runs()
+		if (err == nil) != tc.ok || err != nil && fault.ReasonOf(err) != "no_such_workload_on_node" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if !slices.Contains(f.asked, "GET /api/v1/namespaces/assay/pods") {
+		t.Errorf("asked for %v", f.asked)
+	}
+	f.code = http.StatusInternalServerError
+	if err := runs(); !errors.Is(err, fault.NotReady) {
+		t.Errorf("without an answer: %v", err)
+	}
+	asked := len(f.asked)
+	pod := web(nil)
+	x.setPod(&pod)
+	if err := runs(); err != nil || len(f.asked) != asked {
+		t.Errorf("a pod that is known: %v, asked for %v", err, f.asked[asked:])
+	}
+}
+
+// Whose a token is has a node while its pod runs, by what is known or by the API
+// server.
+func TestWhereTheHolderOfATokenIs(t *testing.T) {
+	account := Account{Cluster: "prod", Namespace: "assay", Name: "assay-agent", PodName: "agent-x", PodUID: "pod-uid", NodeName: "node-1"}
+	with := func(change func(*Account)) Account { a := account; change(&a); return a }
+	for name, tc := range map[string]struct {
+		account Account
+		spoil   func(*fakeAPI)
+		reason  string
+	}{
+		"runs":            {account, nil, ""},
+		"gone":            {account, func(f *fakeAPI) { f.pod = nil }, "pod_gone"},
+		"replaced":        {account, func(f *fakeAPI) { f.pod.UID = "new" }, "pod_replaced"},
+		"another account": {account, func(f *fakeAPI) { f.pod.Spec.ServiceAccountName = "x" }, "service_account"},
+		"on another node": {account, func(f *fakeAPI) { f.pod.Spec.NodeName = "node-2" }, "node_mismatch"},
+		"on no node":      {with(func(a *Account) { a.NodeName = "" }), func(f *fakeAPI) { f.pod.Spec.NodeName = "" }, "node_mismatch"},
+		"ended":           {account, func(f *fakeAPI) { f.pod.Status.Phase = corev1.PodSucceeded }, "pod_ended"},
+		"no pod":          {with(func(a *Account) { a.PodName, a.PodUID = "", "" }), nil, "not_bound"},
+		"no cluster":      {with(func(a *Account) { a.Cluster = "other" }), nil, "cluster_unknown"},
+		"no answer":       {account, func(f *fakeAPI) { f.code = http.StatusInternalServerError }, "kubernetes_unavailable"},
+	} {
+		for _, known := range []bool{false, true} { // an index that has it says the same, and asks nobody
+			f := newFake(t)
+			if tc.spoil != nil {
+				tc.spoil(f)
+			}
+			c := f.clusters()
+			if known {
+				if f.pod == nil || f.code != 0 {
+					continue
+				}
+				c.byName["prod"].index.setPod(f.pod)
+			}
+			node, err := c.NodeOf(t.Context(), tc.account)
+			if tc.reason == "" && (err != nil || node != "node-1") || tc.reason != "" && fault.ReasonOf(err) != tc.reason {
+				t.Errorf("%s, known %v: %q, %v", name, known, node, err)
+			}
+			if known && tc.reason == "" && len(f.asked) > 0 {
+				t.Errorf("%s: asked for %v", name, f.asked)
+			}
+		}
+	}
+}
+
+// What a token is bound to counts as over only where that is known.
+func TestATokenWhosePodIsOver(t *testing.T) {
+	account := Account{Cluster: "prod", Namespace: "assay", Name: "assay-agent", PodName: "agent-x", PodUID: "pod-uid"}
+	past := metav1.NewTime(time.Now().Add(-time.Hour))
+	for name, tc := range map[string]struct {
+		spoil  func(*corev1.Pod)
+		reason string
+	}{
+		"runs":               {func(*corev1.Pod) {}, ""},
+		"ended":              {func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }, "pod_ended"},
+		"deleted":            {func(p *corev1.Pod) { p.DeletionTimestamp = &past }, "pod_deleted"},
+		"another account":    {func(p *corev1.Pod) { p.Spec.ServiceAccountName = "x" }, "service_account"},
+		"another, who knows": {func(p *corev1.Pod) { p.UID = "new" }, ""},
+		"not known":          {nil, ""},
+	} {
+		f := newFake(t)
+		c := f.clusters()
+		if tc.spoil != nil {
+			tc.spoil(f.pod)
+			c.byName["prod"].index.setPod(f.pod)
+		}
+		if err := c.CheckBound(account); (err == nil) != (tc.reason == "") || err != nil && fault.ReasonOf(err) != tc.reason {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
