@@ -67,10 +67,6 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	if err := durable.MkdirPrivate(s.cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("check data_dir: %w", err)
 	}
-	r.warnings = s.warnings()
-	for _, text := range r.warnings {
-		s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "configuration needs attention", slog.String("warning", text))
-	}
 	if r.seal, err = keys.LoadSealKey(s.cfg.SealKeyFile); err != nil {
 		return nil, err
 	}
@@ -79,6 +75,10 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	}
 	if r.clusters, err = kube.Open(s.cfg.Kubernetes, s.cfg.trustDomain(), s.cfg.prefix(), s.deps.Version); err != nil {
 		return nil, err
+	}
+	r.warnings = append(s.warnings(), r.clusters.Warnings()...)
+	for _, text := range r.warnings {
+		s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "configuration needs attention", slog.String("warning", text))
 	}
 	if err := r.clusters.Register(s.deps.Registerer); err != nil {
 		return nil, err

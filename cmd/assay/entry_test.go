@@ -23,6 +23,8 @@ func TestCreateWarnsOfSelectorsThatNobodyHas(t *testing.T) {
 	for sel, known := range map[string]bool{
 		"unix:uid:0": true, "unix:uid:4294967295": true, "unix:gid:1000": true, "unix:supplementary_gid:27": true,
 		"unix:user:web": true, "unix:group:web": true, "unix:supplementary_group:sudo": true, "unix:user:a:b": true,
+		"k8s:ns:shop": true, "k8s:pod-label:app:web": true, "k8s:container-image-digest:sha256:00": true, "k8s:host:true": true,
+		"k8s:container-id:00": false, "k8s:namespace:shop": false, "k8s:ns": false, "k8s:sa:": false,
 		"docker:label:a": true, // of another type: not ours to judge
 		"unix:uid:web":   false, "unix:uid:-1": false, "unix:uid:007": false, "unix:uid:+7": false, "unix:uid:4294967296": false,
 		"unix:gid:staff": false, "unix:supplementary_gid:x": false, "unix:uid": false, "unix:user:": false, "unix:user": false,

@@ -14,13 +14,17 @@ import (
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
-// The unix selectors that agents of this version make (docs/operating.md), by
-// what stands before their second colon: some hold a number, some a name, some
+// The selectors that agents of this version make (docs/operating.md), by what
+// stands before their second colon: of unix some hold a number, some a name, some
 // tell of the program.
 var (
 	unixNumbers = []string{"uid", "gid", "supplementary_gid"}
 	unixNames   = []string{"user", "group", "supplementary_group"}
 	unixProgram = []string{"path", "sha256"}
+	k8sFacts    = []string{
+		"ns", "sa", "pod-name", "pod-uid", "pod-label", "pod-owner", "pod-owner-uid",
+		"container-name", "container-image", "container-image-digest", "node-name", "cluster", "host",
+	}
 )
 
 // warnOfEntry tells what keeps an entry that was just created from ever being
@@ -111,14 +115,19 @@ func (t *tool) warnOfSelectors(list []*types.Entry) {
 
 // selectorProblem says why no process has this selector; nothing if one may.
 func selectorProblem(sel *types.Selector) string {
+	name, value, _ := strings.Cut(sel.GetValue(), ":")
 	switch sel.GetType() {
 	case "unix":
+	case "k8s":
+		if value == "" || !slices.Contains(k8sFacts, name) {
+			return "matches no process: of type k8s there are " + strings.Join(k8sFacts, ", ") + ", each with a value"
+		}
+		return ""
 	case spiffeIDType:
 		return "matches no process: it names a node, and makes an alias as the only selector of an entry with that node as parent"
 	default:
 		return ""
 	}
-	name, value, _ := strings.Cut(sel.GetValue(), ":")
 	switch {
 	case slices.Contains(unixNumbers, name):
 		if n, err := strconv.ParseUint(value, 10, 32); err != nil || strconv.FormatUint(n, 10) != value {

@@ -2,7 +2,9 @@ package kube
 
 import (
 	"context"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,6 +26,8 @@ type cluster struct {
 	index *index
 	// publisher of the trust bundle; nil: it is published nowhere there.
 	publisher *publisher
+	// unverified says that nobody checks who answers for the API server.
+	unverified bool
 }
 
 // Open prepares all clusters; none is asked anything yet. version is the
@@ -43,13 +47,23 @@ func Open(cfg Config, td spiffeid.TrustDomain, reserved, version string) (*Clust
 		if err != nil {
 			return nil, err
 		}
-		cl := &cluster{name: name, cfg: c, api: api, index: newIndex(name)}
+		cl := &cluster{name: name, cfg: c, api: api, index: newIndex(name), unverified: access.Insecure || !strings.HasPrefix(access.Host, "https://")}
 		if c.BundleConfigMap != "" {
 			cl.publisher = newPublisher(name, c.BundleConfigMap, api)
 		}
 		all.byName[name] = cl
 	}
 	return all, nil
+}
+
+// Warnings are what an operator should know of the clusters' configuration.
+func (c *Clusters) Warnings() (out []string) {
+	for _, name := range slices.Sorted(maps.Keys(c.byName)) {
+		if c.byName[name].unverified {
+			out = append(out, "the kubeconfig of cluster "+name+" does not have its API server's certificate verified: whoever sits between decides who is whom; set certificate-authority in it, and an https server")
+		}
+	}
+	return out
 }
 
 // Node is the node of an agent's pod, as its cluster's API server has it.

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -122,6 +124,27 @@ func TestAClusterThatGivesNoAnswer(t *testing.T) {
 	f.server.Close()
 	_, err := c.AgentNode(t.Context(), "prod", "token")
 	wantReason(t, err, "kubernetes_unavailable", "")
+}
+
+// Who answers for an API server decides who is whom.
+func TestAnAPIServerThatIsNotVerifiedIsWarnedOf(t *testing.T) {
+	for cluster, warned := range map[string]bool{
+		`{"server":"https://127.0.0.1:1"}`: false, `{"server":"http://127.0.0.1:1"}`: true,
+		`{"server":"https://127.0.0.1:1","insecure-skip-tls-verify":true}`: true,
+	} {
+		file := filepath.Join(t.TempDir(), "kubeconfig")
+		if err := os.WriteFile(file, []byte(`{"apiVersion":"v1","kind":"Config","current-context":"c","contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],`+
+			`"clusters":[{"name":"c","cluster":`+cluster+`}],"users":[{"name":"u","user":{}}]}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := Open(Config{Clusters: map[string]ClusterConfig{"prod": {Kubeconfig: file}}}.WithDefaults(), example, "/assay/", "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Warnings(); (len(got) == 1) != warned {
+			t.Errorf("%s: %q", cluster, got)
+		}
+	}
 }
 
 func TestClustersThatCannotBeConfigured(t *testing.T) {
