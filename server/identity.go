@@ -39,11 +39,20 @@ type ownLeaf struct {
 	authorityID string
 }
 
+// serverID is the server's own SPIFFE ID.
+func (c Config) serverID() (spiffeid.ID, error) {
+	id, err := spiffeid.FromPath(c.trustDomain(), c.prefix()+"server")
+	if err != nil {
+		return spiffeid.ID{}, fmt.Errorf("build server ID: %w", err)
+	}
+	return id, nil
+}
+
 // newIdentity issues the first certificate.
 func (s *Server) newIdentity(ctx context.Context, r *rooms) (*identity, error) {
-	id, err := spiffeid.FromPath(s.cfg.trustDomain(), s.cfg.prefix()+"server")
+	id, err := s.cfg.serverID()
 	if err != nil {
-		return nil, fmt.Errorf("build server ID: %w", err)
+		return nil, err
 	}
 	i := &identity{id: id, dns: s.cfg.Istio.DNSNames, ips: s.cfg.Istio.Addresses(), authority: r.authority, log: s.deps.Log, metrics: s.metrics}
 	return i, i.issue(ctx)

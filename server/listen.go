@@ -75,6 +75,7 @@ func (s *Server) listen(ctx context.Context, r *rooms) error {
 	if servers.mesh != nil {
 		g.Go(func() error { return served(gctx, servers.mesh.Serve(r.mesh)) })
 		g.Go(func() error { return r.istio.Run(gctx) })
+		g.Go(func() error { return r.istiods.Run(gctx) })
 	}
 	g.Go(func() error {
 		<-gctx.Done()

@@ -38,6 +38,7 @@ type rooms struct {
 	rotator   *rotation.Rotator
 	refusals  *api.Refusals
 	istio     *istioca.Service    // nil: there is no mesh
+	istiods   *istioca.Istiods    // likewise
 	nodeRoots []*x509.Certificate // of attestation by certificate; none if that is off
 	clusters  *kube.Clusters
 	clock     *schedule.Clock // notices when the wall clock is set
@@ -80,6 +81,7 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 	for _, text := range r.warnings {
 		s.deps.Log.LogAttrs(ctx, slog.LevelWarn, "configuration needs attention", slog.String("warning", text))
 	}
+	r.clusters.KeepRootMaps(s.cfg.Istio.RootConfigMaps())
 	if err := r.clusters.Register(s.deps.Registerer); err != nil {
 		return nil, err
 	}
@@ -118,14 +120,31 @@ func (s *Server) open(ctx context.Context) (_ *rooms, err error) {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	if s.cfg.Istio.On() {
-		if r.istio, err = istioca.New(istioca.Options{
-			TrustDomain: td, Config: s.cfg.Istio, DefaultTTL: s.cfg.CA.X509SVIDTTL, Authority: r.authority, Clusters: r.clusters,
-			Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
-		}); err != nil {
+		if err := s.openMesh(r); err != nil {
 			return nil, err
 		}
 	}
 	return r, nil
+}
+
+// openMesh opens what a mesh needs.
+func (s *Server) openMesh(r *rooms) (err error) {
+	td := s.cfg.trustDomain()
+	if r.istio, err = istioca.New(istioca.Options{
+		TrustDomain: td, Config: s.cfg.Istio, DefaultTTL: s.cfg.CA.X509SVIDTTL, Authority: r.authority, Clusters: r.clusters,
+		Audit: r.audit, Log: s.deps.Log, Registerer: s.deps.Registerer,
+	}); err != nil {
+		return err
+	}
+	id, err := s.cfg.serverID()
+	if err != nil {
+		return err
+	}
+	r.istiods, err = istioca.NewIstiods(istioca.IstiodOptions{
+		TrustDomain: td, Config: s.cfg.Istio, Server: id, Authority: r.authority, Secrets: r.clusters,
+		Log: s.deps.Log, Registerer: s.deps.Registerer,
+	})
+	return err
 }
 
 // newEntry refuses entries that would give a pod the identity of another.

@@ -65,6 +65,24 @@ type ClusterConfig struct {
 	// and the server does not watch the cluster. Default: the API server reviews
 	// each.
 	OIDC *OIDCConfig `yaml:"oidc"`
+	// RootConfigMaps keeps the trust bundle where the mesh looks for it: under the
+	// key root-cert.pem of the ConfigMap istio-ca-root-cert in each namespace of
+	// the cluster, which has to be one of kubernetes.clusters. istiod does so only
+	// while it is a CA itself. The server needs the right to list and watch
+	// namespaces, to create ConfigMaps, and to list, watch and patch those of that
+	// name. Default false.
+	RootConfigMaps bool `yaml:"root_config_maps"`
+	// IstiodSecret is a Secret of the cluster, as namespace/name, in which the
+	// server keeps a certificate, its key and the trust bundle for istiod, whose
+	// pods mount it if its name is istiod-tls. The server needs the right to get
+	// and update it, and to create Secrets in that namespace. Whoever may read it
+	// can pass for istiod. Default none.
+	IstiodSecret string `yaml:"istiod_secret"`
+	// IstiodDNSNames are by what proxies and the API server reach istiod. One with
+	// a revision has istiod-<revision>.<namespace>.svc besides. Default
+	// istiod.<namespace>.svc, istiod-remote.<namespace>.svc and
+	// istio-pilot.<namespace>.svc, by the namespace of istiod_secret.
+	IstiodDNSNames []string `yaml:"istiod_dns_names"`
 }
 
 // OIDCConfig is `istio.clusters.<name>.oidc`. Exactly one of its sources is set.
@@ -111,8 +129,8 @@ func (c Config) WithDefaults(clusters kube.Config) Config {
 	for name, cluster := range filled {
 		if cluster.ClusterID == "" {
 			cluster.ClusterID = defaultClusterID
-			filled[name] = cluster
 		}
+		filled[name] = cluster.withIstiodNames()
 	}
 	c.Clusters = filled
 	return c
@@ -196,6 +214,9 @@ func (c Config) checkClusters(clusters kube.Config) error {
 			return bad("%s is not in kubernetes.clusters, so that nobody can be asked what its tokens are worth: add it there, or set %s.oidc", key, key)
 		case cluster.OIDC != nil && cluster.Issuer == "":
 			return bad("%s.issuer is missing: set it to the iss of the cluster's tokens, such as https://kubernetes.default.svc.cluster.local", key)
+		}
+		if err := cluster.checkKept(key, watched); err != nil {
+			return err
 		}
 		by[cluster.ClusterID] = key
 		if cluster.OIDC != nil {

@@ -28,6 +28,8 @@ type cluster struct {
 	publisher *publisher
 	// unverified says that nobody checks who answers for the API server.
 	unverified bool
+	// rootMaps are where an Istio mesh finds its roots; nil: there is none.
+	rootMaps *rootMaps
 }
 
 // Open prepares all clusters; none is asked anything yet. version is the
@@ -64,6 +66,16 @@ func (c *Clusters) Warnings() (out []string) {
 		}
 	}
 	return out
+}
+
+// KeepRootMaps has Run keep the trust bundle where the proxies of an Istio mesh look
+// for it: in the ConfigMap istio-ca-root-cert of each namespace of these clusters.
+func (c *Clusters) KeepRootMaps(names []string) {
+	for _, name := range names {
+		if cl := c.byName[name]; cl != nil {
+			cl.rootMaps = newRootMaps(name, cl.api)
+		}
+	}
 }
 
 // Node is the node of an agent's pod, as its cluster's API server has it.

@@ -23,6 +23,9 @@ func (c *Clusters) Run(ctx context.Context, roots Roots, log *slog.Logger) error
 		if cl.publisher != nil {
 			all.Go(func() { cl.publisher.run(ctx, roots, log) })
 		}
+		if cl.rootMaps != nil {
+			all.Go(func() { cl.rootMaps.run(ctx, roots, log) })
+		}
 	}
 	all.Wait()
 	return nil

@@ -10,7 +10,7 @@ import (
 type collector struct {
 	clusters             *Clusters
 	usable, nodes, known *prometheus.Desc
-	published            *prometheus.Desc
+	published, rootMaps  *prometheus.Desc
 }
 
 // Register adds the metrics of the clusters, if there are any.
@@ -26,12 +26,15 @@ func (c *Clusters) Register(reg prometheus.Registerer) error {
 		known: prometheus.NewDesc("assay_kubernetes_pods", "Pods of the cluster, by its API server, ended ones included.", []string{"cluster"}, nil),
 		published: prometheus.NewDesc("assay_kubernetes_bundle_published",
 			"1 while the cluster's ConfigMap has the current trust bundle, by the last look; no series without bundle_config_map.", []string{"cluster"}, nil),
+		rootMaps: prometheus.NewDesc("assay_istio_root_config_maps",
+			"Namespaces of the cluster, by whether their ConfigMap istio-ca-root-cert has the trust bundle (current) or not (behind; at least 1 while that can't be watched); no series without root_config_maps.",
+			[]string{"cluster", "state"}, nil),
 	})
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known, c.published} {
+	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known, c.published, c.rootMaps} {
 		ch <- d
 	}
 }
@@ -54,6 +57,11 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 				published = 1
 			}
 			ch <- prometheus.MustNewConstMetric(c.published, prometheus.GaugeValue, published, name)
+		}
+		if cl.rootMaps != nil {
+			current, behind := cl.rootMaps.count()
+			ch <- prometheus.MustNewConstMetric(c.rootMaps, prometheus.GaugeValue, float64(current), name, "current")
+			ch <- prometheus.MustNewConstMetric(c.rootMaps, prometheus.GaugeValue, float64(behind), name, "behind")
 		}
 	}
 }

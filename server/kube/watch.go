@@ -40,40 +40,58 @@ func (s sink[T]) Replace(list []any, _ string) error {
 // run keeps the index current until ctx ends.
 func (c *cluster) run(ctx context.Context, log *slog.Logger) {
 	x := c.index
-	tell := &teller{log: log, cluster: c.name}
+	tell := &teller{log: log, cluster: c.name, lost: func(attrs ...slog.Attr) {
+		log.LogAttrs(ctx, slog.LevelWarn, "the cluster can't be watched: after a minute nothing is signed for its pods", attrs...)
+	}}
 	nodes := sink[*corev1.Node]{set: x.setNode, drop: func(n *corev1.Node) { x.dropNode(n.Name) }, replace: x.replaceNodes}
 	pods := sink[*corev1.Pod]{set: x.setPod, drop: func(p *corev1.Pod) { x.dropPod(podKey(p)) }, replace: x.replacePods}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		follow(ctx, tell, c, watchNodes, "nodes", &corev1.NodeList{}, &corev1.Node{}, nodes)
+		source{
+			api: c.api, tell: tell, resource: "nodes", list: &corev1.NodeList{}, object: &corev1.Node{},
+			setOpen: func(is bool) { x.setOpen(watchNodes, is) },
+		}.follow(ctx, nodes)
 	}()
-	follow(ctx, tell, c, watchPods, "pods", &corev1.PodList{}, &corev1.Pod{}, pods)
+	source{
+		api: c.api, tell: tell, resource: "pods", list: &corev1.PodList{}, object: &corev1.Pod{},
+		setOpen: func(is bool) { x.setOpen(watchPods, is) },
+	}.follow(ctx, pods)
 	<-done
 }
 
-// follow keeps one sink current with all objects of a resource. A watch that
-// first tells all that there is counts as open once that is in the sink: until
-// then the sink has what there was when the watch before broke.
-func follow(ctx context.Context, tell *teller, c *cluster, which int, resource string, list, object runtime.Object, into cache.ReflectorStore) {
+// source is all objects of a resource, or those that have a name.
+type source struct {
+	api          *api
+	tell         *teller
+	resource     string
+	name         string // empty: all
+	list, object runtime.Object
+	setOpen      func(bool) // one more watch is open, or one less
+}
+
+// follow keeps a sink current until ctx ends. A watch that first tells all that
+// there is counts as open once that is in the sink: until then the sink has what
+// there was when the watch before broke.
+func (s source) follow(ctx context.Context, into cache.ReflectorStore) {
 	var listing *opening // the last watch of that kind
 	into = replacing{into, func() {
 		if listing != nil {
 			listing.done()
 		}
 	}}
-	source := &cache.ListWatch{
+	watched := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			out := list.DeepCopyObject()
-			return out, tell.result(ctx, resource, get(c.api.core, resource, o).Do(ctx).Into(out))
+			out := s.list.DeepCopyObject()
+			return out, s.tell.result(ctx, s.resource, s.get(o).Do(ctx).Into(out))
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.Watch, o.AllowWatchBookmarks = true, true
-			w, err := get(c.api.core, resource, o).Watch(ctx)
-			if err := tell.result(ctx, resource, err); err != nil {
+			w, err := s.get(o).Watch(ctx)
+			if err := s.tell.result(ctx, s.resource, err); err != nil {
 				return nil, err
 			}
-			one := &opening{set: func(open bool) { c.index.setOpen(which, open) }}
+			one := &opening{set: s.setOpen}
 			if o.SendInitialEvents != nil && *o.SendInitialEvents {
 				listing = one
 			} else {
@@ -83,7 +101,7 @@ func follow(ctx context.Context, tell *teller, c *cluster, which int, resource s
 		},
 	}
 	quiet := logr.Discard()
-	r := cache.NewReflectorWithOptions(source, object, into, cache.ReflectorOptions{Name: c.name + "/" + resource, Logger: &quiet})
+	r := cache.NewReflectorWithOptions(watched, s.object, into, cache.ReflectorOptions{Name: s.api.cluster + "/" + s.resource, Logger: &quiet})
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -137,11 +155,23 @@ func (o *opening) end() {
 	o.ended = true
 }
 
+func (s source) get(o metav1.ListOptions) *rest.Request {
+	if s.name != "" {
+		o.FieldSelector = "metadata.name=" + s.name // for which a right to that name is enough
+	}
+	r := s.api.core.Get().Resource(s.resource).VersionedParams(&o, metav1.ParameterCodec)
+	if o.TimeoutSeconds != nil {
+		r = r.Timeout(time.Duration(*o.TimeoutSeconds) * time.Second)
+	}
+	return r
+}
+
 // teller logs why a cluster can't be watched: at once, then once a minute, and
 // that it can be again.
 type teller struct {
 	log     *slog.Logger
 	cluster string
+	lost    func(...slog.Attr) // logs what it means
 
 	mu   sync.Mutex
 	told map[string]time.Time // by resource; only while it can't be watched
@@ -163,17 +193,9 @@ func (t *teller) result(ctx context.Context, resource string, err error) error {
 			t.told = map[string]time.Time{}
 		}
 		t.told[resource] = time.Now()
-		t.log.LogAttrs(ctx, slog.LevelWarn, "the cluster can't be watched: after a minute nothing is signed for its pods", append(attrs, slog.String("error", err.Error()))...)
+		t.lost(append(attrs, slog.String("error", err.Error()))...)
 	}
 	return err
-}
-
-func get(core rest.Interface, resource string, o metav1.ListOptions) *rest.Request {
-	r := core.Get().Resource(resource).VersionedParams(&o, metav1.ParameterCodec)
-	if o.TimeoutSeconds != nil {
-		r = r.Timeout(time.Duration(*o.TimeoutSeconds) * time.Second)
-	}
-	return r
 }
 
 // noticed is a watch whose end is noticed, whoever ends it.

@@ -103,6 +103,16 @@ func (s *Space) Account(name string, rules ...rbacv1.PolicyRule) *corev1.Service
 	return account
 }
 
+// as is a client of who has token.
+func (s *Space) as(t testing.TB, token string) *coreclient.CoreV1Client {
+	t.Helper()
+	client, err := coreclient.NewForConfig(s.Config(token))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
 // Token makes a token of a service account, for an hour; no audience means the
 // API server's own. With a pod, the token is bound to it: it ends with the pod.
 func (s *Space) Token(account, audience string, pod *corev1.Pod) string {

@@ -50,7 +50,9 @@ clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}], users: [{name: 
 		Kubernetes: kube.Config{Clusters: map[string]kube.ClusterConfig{
 			"c": {Kubeconfig: nowhere, AgentServiceAccounts: []string{"assay/assay-agent"}, BundleConfigMap: "assay/assay-bundle"},
 		}},
-		Istio:       istioca.Config{Listen: "127.0.0.1:0", IPAddresses: []string{"127.0.0.1"}},
+		Istio: istioca.Config{Listen: "127.0.0.1:0", DNSNames: []string{"ca"}, Clusters: map[string]istioca.ClusterConfig{
+			"c": {RootConfigMaps: true, IstiodSecret: "istio-system/istiod-tls"},
+		}},
 		TrustDomain: "example.org", Bootstrap: time.Now().UTC().Format(time.DateOnly), SealKeyFile: seal,
 		Listen: "127.0.0.1:0", DataDir: filepath.Join(dir, "server"),
 		Admin: server.AdminConfig{Socket: filepath.Join(dir, "run", "admin.sock")},
