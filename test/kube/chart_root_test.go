@@ -4,6 +4,7 @@ package kube
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -12,7 +13,9 @@ import (
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -24,9 +27,9 @@ import (
 
 // chart is the chart as it is installed in the space: what has rights and the
 // ConfigMap. No kubelet is here to run its pods.
-func (s *Space) chart(t testing.TB) []*unstructured.Unstructured {
+func (s *Space) chart(t testing.TB, flags ...string) []*unstructured.Unstructured {
 	t.Helper()
-	all := s.Render(chartDir+"/ci/minimal.yaml", "--set", "cluster=test")
+	all := s.Render(chartDir+"/ci/minimal.yaml", append([]string{"--set", "cluster=test"}, flags...)...)
 	for _, o := range all {
 		switch o.GetKind() {
 		case "ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding":
@@ -55,18 +58,35 @@ func (s *Space) chartSite(t testing.TB, all []*unstructured.Unstructured, accoun
 	if err := unstructured.SetNestedField(config, s.Kubeconfig(s.Token(account, "", nil)), "kubernetes", "clusters", "test", "kubeconfig"); err != nil {
 		t.Fatal(err)
 	}
-	more, err := json.Marshal(config["kubernetes"]) // which is YAML
-	if err != nil {
-		t.Fatal(err)
+	if mesh, ok := config["istio"].(map[string]any); ok {
+		var ports harness.Ports
+		mesh["listen"] = fmt.Sprintf("127.0.0.1:%d", ports.Free(t))
 	}
-	return harness.NewSite(t, bins, "kubernetes: "+string(more)+"\n")
+	var more strings.Builder
+	for _, part := range []string{"kubernetes", "istio"} {
+		if config[part] == nil {
+			continue
+		}
+		text, err := json.Marshal(config[part]) // which is YAML
+		if err != nil {
+			t.Fatal(err)
+		}
+		more.WriteString(part + ": " + string(text) + "\n")
+	}
+	return harness.NewSite(t, bins, more.String())
+}
+
+// withMesh are the flags for a chart that keeps all that it can in a mesh, with
+// istiod in the space's namespace.
+func (s *Space) withMesh() []string {
+	return []string{"--set", "istio.enabled=true,istio.rootConfigMaps=true,istio.istiodSecret=" + s.Namespace + "/istiod-tls"}
 }
 
 // With the chart's rights and no others the server publishes its bundle, an agent
 // attests by what the chart mounts for it, and a pod gets its SVID.
 func TestTheChartsRightsSuffice(t *testing.T) {
 	s, cg := cluster.NewSpace(t), newCgroups(t)
-	all := s.chart(t)
+	all := s.chart(t, s.withMesh()...)
 	node := s.Node("a")
 	s.Account("web")
 	site := s.chartSite(t, all, "assay-server")
@@ -90,6 +110,16 @@ func TestTheChartsRightsSuffice(t *testing.T) {
 	want := fmt.Sprintf("svid spiffe://example.org/ns/%s/sa/web ", s.Namespace)
 	if line := cg.start(pod, a.Endpoint()).await("svid"); !strings.HasPrefix(line, want) {
 		t.Errorf("got %q, want %q", line, want)
+	}
+	c := &control{Space: s, t: t, ctx: ctx, site: site}
+	c.await("istiod's certificate", func(*tls.Certificate, *corev1.Secret) error { return nil })
+	if err := poll(ctx, nil, func() error {
+		if n := harness.Metric(t, site.Ops, `assay_istio_root_config_maps{cluster="test",state="behind"}`); n != 0 {
+			return fmt.Errorf("%v namespaces are behind", n)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -119,9 +149,12 @@ func (r right) refused(log string) bool {
 // rightsOf are the chart's, one by one.
 func rightsOf(t testing.TB, all []*unstructured.Unstructured) (rights []right) {
 	t.Helper()
-	for _, kind := range []string{"ClusterRole", "Role"} {
+	for _, o := range all {
+		if o.GetKind() != "ClusterRole" && o.GetKind() != "Role" {
+			continue
+		}
 		var role rbacv1.ClusterRole // a Role has the same rules
-		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(find(t, all, kind, "assay-server").Object, &role); err != nil {
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &role); err != nil {
 			t.Fatal(err)
 		}
 		for _, rule := range role.Rules {
@@ -145,10 +178,13 @@ func rightsOf(t testing.TB, all []*unstructured.Unstructured) (rights []right) {
 // refuses something that the server asks for.
 func TestTheChartHasNoRightTooMany(t *testing.T) {
 	s := cluster.NewSpace(t)
-	all := s.chart(t)
-	rights := rightsOf(t, all)
-	if len(rights) != 9 {
+	if rights := rightsOf(t, s.Render(chartDir+"/ci/minimal.yaml")); len(rights) != 9 {
 		t.Errorf("the chart has %d rights: %v", len(rights), rights)
+	}
+	all := s.chart(t, s.withMesh()...)
+	rights := rightsOf(t, all)
+	if len(rights) != 18 {
+		t.Errorf("with a mesh the chart has %d rights: %v", len(rights), rights)
 	}
 	for i, without := range rights {
 		t.Run(without.verb+" "+without.resource, func(t *testing.T) {
@@ -160,6 +196,8 @@ func TestTheChartHasNoRightTooMany(t *testing.T) {
 			}
 			s.Account(account, rules...)
 			s.awaitRights(t, account, rest)
+			s.newNamespace(fmt.Sprintf("n%d", i)) // to create a ConfigMap in
+			s.istiodSecret(t, without.verb != "create")
 
 			site := s.chartSite(t, all, account)
 			var env []string
@@ -181,6 +219,24 @@ func TestTheChartHasNoRightTooMany(t *testing.T) {
 				return nil
 			})
 		})
+	}
+}
+
+// istiodSecret has the Secret be there, with nothing that istiod could use, or not.
+func (s *Space) istiodSecret(t testing.TB, there bool) {
+	t.Helper()
+	secrets := s.Core.Secrets(s.Namespace)
+	if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		t.Fatal(err)
+	}
+	if !there {
+		return
+	}
+	if _, err := secrets.Create(t.Context(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "istiod-tls"}, Type: corev1.SecretTypeTLS,
+		Data: map[string][]byte{"tls.crt": []byte("none"), "tls.key": []byte("none")},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
 	}
 }
 

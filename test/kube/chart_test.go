@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -42,12 +43,15 @@ func text(t testing.TB, o *unstructured.Unstructured, fields ...string) string {
 // that read the configuration.
 func TestTheChartIsAccepted(t *testing.T) {
 	files, err := filepath.Glob(chartDir + "/ci/*.yaml")
-	if err != nil || len(files) < 4 {
+	if err != nil || len(files) < 5 {
 		t.Fatalf("%d files of values, %v", len(files), err)
 	}
 	s := cluster.NewSpace(t)
 	if _, err := s.Core.Namespaces().Patch(t.Context(), s.Namespace, types.MergePatchType,
 		[]byte(`{"metadata":{"labels":{"pod-security.kubernetes.io/enforce":"restricted"}}}`), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Core.Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: istioNamespace}}, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		t.Fatal(err)
 	}
 	for _, file := range files {
@@ -165,10 +169,54 @@ func TestTheChartRefuses(t *testing.T) {
 		"server.storage.size=much":         "at '/server/storage/size'",
 		"server.config=x":                  "at '/server/config': got string, want object",
 		"cluster=a/b":                      "at '/cluster'",
+		"istio.enabled=yes":                "at '/istio/enabled': got string, want boolean",
+		"istio.istiodSecret=istiod-tls":    "at '/istio/istiodSecret'",
+		"istio.trustedNodeAccounts[0]=a":   "at '/istio/trustedNodeAccounts/0'",
+		"istio.dns_names[0]=a":             "additional properties 'dns_names' not allowed",
 	} {
 		stdout, stderr, err := template(append(slices.Clone(must), set)...)
 		if err == nil || stdout != "" || !strings.Contains(stderr, want) {
 			t.Errorf("%s: %v\n%s", set, err, stderr)
+		}
+	}
+}
+
+// What is for a mesh is not there without one, each part of it only if it is wanted.
+func TestTheChartHasForAMeshWhatIsWanted(t *testing.T) {
+	render := func(flags ...string) string {
+		t.Helper()
+		args := []string{"template", "assay", chartDir, "-f", chartDir + "/ci/minimal.yaml"}
+		for _, flag := range flags {
+			args = append(args, "--set", flag)
+		}
+		stdout, stderr, err := helm(t, args...)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, stderr)
+		}
+		return stdout
+	}
+	const listener, roots, secrets = "8444", "istio-ca-root-cert", "secrets]"
+	for _, c := range []struct {
+		flags     []string
+		has, lack []string
+	}{
+		{nil, nil, []string{listener, roots, secrets, "istio"}},
+		{[]string{"istio.rootConfigMaps=true", "istio.istiodSecret=istio-system/istiod-tls"}, nil, []string{listener, roots, secrets, "istio"}},
+		{[]string{"istio.enabled=true"}, []string{listener, "- assay-server.default.svc", "root_config_maps: false"}, []string{roots, secrets, "istiod_secret"}},
+		{[]string{"istio.enabled=true", "istio.rootConfigMaps=true"}, []string{roots, "root_config_maps: true"}, []string{secrets}},
+		{[]string{"istio.enabled=true", "istio.istiodSecret=mesh/tls"}, []string{secrets, "resourceNames: [tls]", "namespace: mesh", "istiod_secret: mesh/tls"}, []string{roots}},
+		{[]string{"istio.enabled=true", "networkPolicy.enabled=false"}, []string{listener}, []string{"namespaceSelector"}},
+	} {
+		got := render(c.flags...)
+		for _, want := range c.has {
+			if !strings.Contains(got, want) {
+				t.Errorf("%v: there is no %s", c.flags, want)
+			}
+		}
+		for _, never := range c.lack {
+			if strings.Contains(got, never) {
+				t.Errorf("%v: there is %s", c.flags, never)
+			}
 		}
 	}
 }

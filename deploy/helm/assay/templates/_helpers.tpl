@@ -35,6 +35,17 @@ and rights go by it. */}}
   "data_dir" "/var/lib/assay-server/data"
   "kubernetes" (dict "clusters" (dict .Values.cluster $cluster)) }}
 {{- with .Values.bootstrap }}{{ $_ := set $own "bootstrap" . }}{{ end }}
+{{- if .Values.istio.enabled }}
+{{- $mesh := dict "root_config_maps" .Values.istio.rootConfigMaps }}
+{{- with .Values.istio.istiodSecret }}{{ $_ := set $mesh "istiod_secret" . }}{{ end }}
+{{- with .Values.istio.istiodDNSNames }}{{ $_ := set $mesh "istiod_dns_names" . }}{{ end }}
+{{- $istio := dict
+  "listen" ":8444"
+  "dns_names" (.Values.istio.dnsNames | default (list (printf "assay-server.%s.svc" .Release.Namespace)))
+  "trusted_node_accounts" .Values.istio.trustedNodeAccounts
+  "clusters" (dict .Values.cluster $mesh) }}
+{{- $_ := set $own "istio" $istio }}
+{{- end }}
 {{- mustMergeOverwrite (deepCopy .Values.server.config) $own | toYaml }}
 {{- end }}
 
