@@ -195,6 +195,14 @@ func TestTheChartHasForAMeshWhatIsWanted(t *testing.T) {
 		}
 		return stdout
 	}
+	site := harness.NewSite(t, bins, "")
+	stdout, stderr, err := helm(t, "template", "assay", chartDir, "-f", chartDir+"/ci/minimal.yaml", "-f", "../../deploy/istio/assay.yaml")
+	if err != nil {
+		t.Fatalf("%v\n%s", err, stderr)
+	}
+	guide := decode(t, stdout)
+	site.Run("assay-server", "validate", "--config", site.Write("server.yaml", text(t, find(t, guide, "ConfigMap", "assay-server"), "data", "server.yaml")))
+	find(t, guide, "Role", "assay-server-istiod")
 	const listener, roots, secrets = "8444", "istio-ca-root-cert", "secrets]"
 	for _, c := range []struct {
 		flags     []string
