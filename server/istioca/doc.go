@@ -17,6 +17,10 @@
 //     issuer, and all published roots as its last element, because these clients
 //     take their roots from there.
 //
+// istiod, when it is no CA itself, gets its certificate from here too: Istiods keep
+// it in a Secret of its cluster, by the same road. The roots that proxies find in
+// their namespaces are package kube's.
+//
 // The codes are those that the clients act upon: what will be refused again is
 // Unauthenticated, PermissionDenied or InvalidArgument, which they don't repeat;
 // what may work in a moment is Unavailable, which they do. A refusal's text is
