@@ -60,6 +60,7 @@ func (c Config) withDefaults() Config {
 		}
 	}
 	c.Attestation.K8S = c.Attestation.K8S.WithDefaults()
+	c.SDS = c.SDS.WithDefaults()
 	if c.K8SPsat.Cluster != "" && c.K8SPsat.TokenFile == "" {
 		c.K8SPsat.TokenFile = defaultToken
 	}

@@ -454,9 +454,6 @@ func TestConnectionsOfProxies(t *testing.T) {
 	if conn := m.dialMesh(t, nil); !m.isWholeServer(t, conn) {
 		t.Error("the port has more than its one method")
 	}
-	if _, ok := m.server.cfg.Istio.Clusters["prod"]; !ok {
-		t.Error("no cluster")
-	}
 }
 
 // isWholeServer says whether the port has nothing but its one method.

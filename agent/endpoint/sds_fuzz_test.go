@@ -49,7 +49,7 @@ func FuzzSecretRequests(f *testing.F) {
 	f.Add(conversation(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"file-root:system"}}))
 
 	f.Fuzz(func(t *testing.T, data []byte) {
-		config, d := SDSConfig{}.withDefaults(), &dialogue{}
+		config, d := SDSConfig{}.WithDefaults(), &dialogue{}
 		version, nonces, verdicts := "", 0, 0
 		var served []string
 		for turn := 0; len(data) > 0; turn++ {

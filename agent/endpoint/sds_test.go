@@ -692,7 +692,7 @@ func TestBrokenStateIsNotTold(t *testing.T) { // WL-31
 func TestResponsesAreWhatTheSnapshotHas(t *testing.T) {
 	ca := newAuthority(t)
 	snap := ca.snapshot(ca.svid("/a", ""))
-	c := SDSConfig{}.withDefaults()
+	c := SDSConfig{}.WithDefaults()
 	first, _, err := c.compose(snap, nil, false)
 	if err != nil {
 		t.Fatal(err)

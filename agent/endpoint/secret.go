@@ -51,7 +51,8 @@ const (
 	spiffeValidator = "envoy.tls.cert_validator.spiffe"
 )
 
-func (c SDSConfig) withDefaults() SDSConfig {
+// WithDefaults returns c with its zero fields filled.
+func (c SDSConfig) WithDefaults() SDSConfig {
 	for _, f := range []struct {
 		field *string
 		value string
@@ -70,7 +71,7 @@ func (c SDSConfig) withDefaults() SDSConfig {
 
 // Check says whether the section makes sense.
 func (c SDSConfig) Check() error {
-	c = c.withDefaults()
+	c = c.WithDefaults()
 	if c.Validation != validationSPIFFE && c.Validation != validationCA {
 		return badSDS("sds.validation is not known: set sds.validation: %s or %s", validationSPIFFE, validationCA)
 	}

@@ -115,7 +115,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		attestor: cfg.Attestor, subscribe: cfg.Subscribe, gate: gate, log: cfg.Log,
 		metrics: newMetrics(cfg.Registerer, gate), timing: defaultTiming, stopping: make(chan struct{}),
-		secrets: cfg.SDS.withDefaults(), nacks: newNACKLog(cfg.Log), open: map[*conn]struct{}{},
+		secrets: cfg.SDS.WithDefaults(), nacks: newNACKLog(cfg.Log), open: map[*conn]struct{}{},
 	}
 	common := rpc.ServerConfig{
 		Creds:          handshake{cfg.Attestor.Credentials(), s},

@@ -46,7 +46,7 @@ func (s *Service) authorize(ctx context.Context, from *source, caller kube.Accou
 	}
 	wanted, ok := fields[keyImpersonate]
 	if !ok {
-		return s.own(caller)
+		return s.own(ctx, caller)
 	}
 	g, err := s.impersonated(ctx, caller, wanted)
 	if err != nil && fault.KindOf(err) != fault.NotReady {
@@ -66,8 +66,10 @@ func isText(v *structpb.Value, text string) bool {
 }
 
 // own is what a ServiceAccount's pods get.
-func (s *Service) own(caller kube.Account) (grant, error) {
-	if err := s.clusters.CheckBound(caller); err != nil {
+func (s *Service) own(ctx context.Context, caller kube.Account) (grant, error) {
+	if err := s.clusters.CheckBound(ctx, caller); fault.KindOf(err) == fault.NotReady {
+		return grant{}, err
+	} else if err != nil {
 		return grant{}, notAuthenticated(err)
 	}
 	return s.grant(caller.Cluster, caller.Namespace, caller.Name, ruleToken)

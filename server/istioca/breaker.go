@@ -27,31 +27,39 @@ func newBreaker() *breaker {
 	return &breaker{pause: schedule.Backoff{Min: minBreak, Max: maxBreak}}
 }
 
-// enter says whether to ask; then done must be called with what came of it.
-func (b *breaker) enter(now time.Time) bool {
+// enter says whether to ask. Then done must be called with what came of it: nil if
+// nobody is to be asked.
+func (b *breaker) enter(now time.Time) (done func(now time.Time, answered bool)) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.until.IsZero() {
-		return true
+		return func(now time.Time, answered bool) { b.done(now, answered, false) }
 	}
 	if b.probing || now.Before(b.until) {
-		return false
+		return nil
 	}
 	b.probing = true
-	return true
+	return func(now time.Time, answered bool) { b.done(now, answered, true) }
 }
 
-func (b *breaker) done(now time.Time, answered bool) {
+// done counts a failure. While it is open only the probe's counts: questions that
+// were under way fail together, and are one outage.
+func (b *breaker) done(now time.Time, answered, probe bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.probing = false
-	if answered {
+	if probe {
+		b.probing = false
+	}
+	switch {
+	case answered:
 		b.failures, b.until = 0, time.Time{}
 		b.pause.Reset()
-		return
-	}
-	if b.failures++; b.failures >= breakAfter {
+	case probe:
 		b.until = now.Add(b.pause.Next())
+	case b.until.IsZero():
+		if b.failures++; b.failures >= breakAfter {
+			b.until = now.Add(b.pause.Next())
+		}
 	}
 }
 

@@ -151,7 +151,7 @@ var account = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([
 // Check says what is wrong with a configuration that has its defaults.
 func (c Config) Check(clusters kube.Config) error {
 	if !c.On() {
-		if len(c.DNSNames)+len(c.IPAddresses)+len(c.Clusters)+len(c.TrustedNodeAccounts) > 0 {
+		if len(c.DNSNames)+len(c.IPAddresses)+len(c.Clusters)+len(c.TrustedNodeAccounts)+len(c.Audiences)+c.RequestRate > 0 || c.UnboundTokens {
 			return bad("istio is configured and istio.listen is not set, so that nothing of it works: set istio.listen: :8444, or leave istio out")
 		}
 		return nil
@@ -173,6 +173,12 @@ func (c Config) Check(clusters kube.Config) error {
 		return bad("kubernetes.template is not %s, which the identities of a mesh have to be made by: leave kubernetes.template out, or istio", kube.DefaultTemplate)
 	case len(c.Clusters) > 1 && !clusters.NamespaceSameness:
 		return bad("istio.clusters has several clusters, whose pods have the same IDs in a mesh: set kubernetes.namespace_sameness: true if a namespace means the same in all of them, or serve one")
+	}
+	if len(c.TrustedNodeAccounts) > 0 && !slices.ContainsFunc(slices.Collect(maps.Keys(c.Clusters)), func(name string) bool {
+		_, watched := clusters.Clusters[name]
+		return watched
+	}) {
+		return bad("istio.trusted_node_accounts is for clusters of kubernetes.clusters, as nobody else says which pods are on a node: add one there, or leave trusted_node_accounts out")
 	}
 	return c.checkClusters(clusters)
 }

@@ -26,9 +26,15 @@ func TestConfigThatCannotBeHonoured(t *testing.T) {
 		change func(*Config, *kube.Config)
 		says   string // empty: it passes
 	}{
-		"defaults":          {func(*Config, *kube.Config) {}, ""},
-		"off":               {func(c *Config, _ *kube.Config) { *c = Config{} }, ""},
-		"off, with more":    {func(c *Config, _ *kube.Config) { c.Listen = "" }, "istio.listen: :8444"},
+		"defaults":           {func(*Config, *kube.Config) {}, ""},
+		"off":                {func(c *Config, _ *kube.Config) { *c = Config{} }, ""},
+		"off, with more":     {func(c *Config, _ *kube.Config) { c.Listen = "" }, "istio.listen: :8444"},
+		"off, with a switch": {func(c *Config, _ *kube.Config) { *c = Config{UnboundTokens: true} }, "istio.listen: :8444"},
+		"node proxies of nobody's": {func(c *Config, k *kube.Config) {
+			*k = clusters()
+			c.TrustedNodeAccounts = []string{"istio-system/ztunnel"}
+			oidc(OIDCConfig{JWKSFile: "/etc/jwks"})(c, k)
+		}, "leave trusted_node_accounts out"},
 		"no port":           {func(c *Config, _ *kube.Config) { c.Listen = "ca" }, "istio.listen: :8444"},
 		"no name":           {func(c *Config, _ *kube.Config) { c.DNSNames = nil }, "assay-server.assay.svc"},
 		"an address alone":  {func(c *Config, _ *kube.Config) { c.DNSNames, c.IPAddresses = nil, []string{"192.0.2.1"} }, ""},

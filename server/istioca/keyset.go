@@ -123,11 +123,11 @@ func (k *keySet) current(kid string, now time.Time) (key any, known, usable bool
 	return key, known, k.source == nil || !k.answers.IsZero() && now.Sub(k.answers) <= keysLast
 }
 
-// errAsked says that the source was asked a moment ago.
+// errAsked says that the source was asked a moment ago. What it did not have then
+// it may have now.
 var errAsked = errors.New("the keys were asked for less than half a minute ago")
 
-// fetch asks the source, unless that was done just now: then it is as good as an
-// answer if that one was.
+// fetch asks the source, unless that was done just now.
 func (k *keySet) fetch(ctx context.Context) error {
 	if k.source == nil {
 		return nil
@@ -136,15 +136,12 @@ func (k *keySet) fetch(ctx context.Context) error {
 	defer k.fetching.Unlock()
 	now := time.Now()
 	k.mu.Lock()
-	recent, answered := !k.asked.IsZero() && now.Sub(k.asked) < keysAtMost, !k.answers.Before(k.asked)
+	recent := !k.asked.IsZero() && now.Sub(k.asked) < keysAtMost
 	if !recent {
 		k.asked = now
 	}
 	k.mu.Unlock()
 	if recent {
-		if answered {
-			return nil
-		}
 		return errAsked
 	}
 	keys, err := k.source(context.WithoutCancel(ctx))

@@ -47,6 +47,9 @@ type object struct {
 	UID  string `json:"uid"`
 }
 
+// known implements verifier: a signature is verified sooner than it is found.
+func (*oidc) known(token) (kube.Account, error, bool) { return kube.Account{}, nil, false }
+
 func (o *oidc) verify(ctx context.Context, t token) (kube.Account, error) {
 	allowed := make([]jose.SignatureAlgorithm, len(algorithms))
 	for i, a := range algorithms {

@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// reviewTimeout bounds one review: proxies wait without a limit of their own.
-	reviewTimeout = 5 * time.Second
+	// reviewTimeout bounds one review, and slotTimeout the wait for its turn: proxies
+	// wait without a limit of their own, and are told within five seconds.
+	reviewTimeout = 3 * time.Second
+	slotTimeout   = 2 * time.Second
 	// maxReviews are under way at a cluster's API server.
 	maxReviews = 64
 	// verdictLife is how long what the API server said of a token holds. A ztunnel
@@ -29,6 +31,8 @@ const (
 // if it can't be told.
 type verifier interface {
 	verify(ctx context.Context, t token) (kube.Account, error)
+	// known is verify for a token that was verified just now; false: it was not.
+	known(t token) (kube.Account, error, bool)
 }
 
 // reviews has an API server review tokens.
@@ -39,8 +43,8 @@ type reviews struct {
 	breaker *breaker
 	took    prometheus.Observer
 
-	mu    sync.Mutex
-	known map[[sha256.Size]byte]verdict
+	mu       sync.Mutex
+	verdicts map[[sha256.Size]byte]verdict
 }
 
 // verdict is what an API server said of a token.
@@ -51,14 +55,19 @@ type verdict struct {
 }
 
 func newReviews(took prometheus.Observer, ask func(context.Context, string) (kube.Account, error)) *reviews {
-	return &reviews{ask: ask, slots: make(chan struct{}, maxReviews), breaker: newBreaker(), took: took, known: map[[sha256.Size]byte]verdict{}}
+	return &reviews{ask: ask, slots: make(chan struct{}, maxReviews), breaker: newBreaker(), took: took, verdicts: map[[sha256.Size]byte]verdict{}}
+}
+
+func (r *reviews) known(t token) (kube.Account, error, bool) {
+	v, ok := r.recall(sha256.Sum256([]byte(t.text)), time.Now())
+	return v.account, v.err, ok
 }
 
 func (r *reviews) verify(ctx context.Context, t token) (kube.Account, error) {
-	sum := sha256.Sum256([]byte(t.text))
-	if v, ok := r.recall(sum, time.Now()); ok {
-		return v.account, v.err
+	if account, err, ok := r.known(t); ok {
+		return account, err
 	}
+	sum := sha256.Sum256([]byte(t.text))
 	// Whoever asks for the same token meanwhile gets the same answer, so it does
 	// not end with the one who asked first.
 	answer := r.flight.DoChan(hex.EncodeToString(sum[:]), func() (any, error) {
@@ -79,22 +88,25 @@ func (r *reviews) verify(ctx context.Context, t token) (kube.Account, error) {
 
 // review asks, if there is hope for an answer.
 func (r *reviews) review(ctx context.Context, text string) (kube.Account, error) {
-	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
-	defer cancel()
+	full := time.NewTimer(slotTimeout)
+	defer full.Stop()
 	select {
 	case r.slots <- struct{}{}:
 		defer func() { <-r.slots }()
-	case <-ctx.Done():
-		return kube.Account{}, unavailable(ctx.Err())
+	case <-full.C:
+		return kube.Account{}, unavailable(fault.New(fault.NotReady, "reviews_busy", "the API server is asked about too many tokens at once"))
 	}
-	if !r.breaker.enter(time.Now()) {
+	done := r.breaker.enter(time.Now())
+	if done == nil {
 		return kube.Account{}, unavailable(fault.New(fault.NotReady, "breaker_open", "the API server has given no answer for a while: it is not asked at present"))
 	}
+	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
+	defer cancel()
 	began := time.Now()
 	account, err := r.ask(ctx, text)
 	r.took.Observe(time.Since(began).Seconds())
 	answered := err == nil || fault.KindOf(err) == fault.Denied
-	r.breaker.done(time.Now(), answered)
+	done(time.Now(), answered)
 	if !answered {
 		return kube.Account{}, unavailable(err)
 	}
@@ -117,7 +129,7 @@ func until(t token, now time.Time) time.Time {
 func (r *reviews) recall(sum [sha256.Size]byte, now time.Time) (verdict, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	v, ok := r.known[sum]
+	v, ok := r.verdicts[sum]
 	return v, ok && now.Before(v.until)
 }
 
@@ -125,16 +137,16 @@ func (r *reviews) recall(sum [sha256.Size]byte, now time.Time) (verdict, bool) {
 func (r *reviews) remember(sum [sha256.Size]byte, v verdict) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.known) >= maxVerdicts {
+	if len(r.verdicts) >= maxVerdicts {
 		now := time.Now()
-		for key, old := range r.known {
+		for key, old := range r.verdicts {
 			if !now.Before(old.until) {
-				delete(r.known, key)
+				delete(r.verdicts, key)
 			}
 		}
-		if len(r.known) >= maxVerdicts {
-			clear(r.known)
+		if len(r.verdicts) >= maxVerdicts {
+			clear(r.verdicts)
 		}
 	}
-	r.known[sum] = v
+	r.verdicts[sum] = v
 }

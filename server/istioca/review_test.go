@@ -185,7 +185,7 @@ func TestVerdictsAreBounded(t *testing.T) {
 	for i := range maxVerdicts + 10 {
 		r.remember([32]byte{byte(i), byte(i >> 8), byte(i >> 16)}, verdict{until: time.Now().Add(time.Hour)})
 	}
-	if n := len(r.known); n > maxVerdicts {
+	if n := len(r.verdicts); n > maxVerdicts {
 		t.Errorf("%d verdicts are kept", n)
 	}
 }

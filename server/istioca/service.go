@@ -36,8 +36,12 @@ const (
 	// nothing; the log and the metrics have each.
 	strangerLines = 10
 	// failuresPerSecond is how many tokens that are nobody's one address may have
-	// reviewed.
+	// verified, and verifiedAtOnce how many tokens at a time.
 	failuresPerSecond = 10
+	verifiedAtOnce    = 16
+	// refusalsPerSecond is what the audit log has of one caller's refusals; the log
+	// and the metrics have each.
+	refusalsPerSecond = 2
 )
 
 // Method is the only one.
@@ -62,7 +66,7 @@ type Auditor interface {
 type Clusters interface {
 	Review(ctx context.Context, cluster, token string, audiences []string) (kube.Account, error)
 	AccountIdentity(cluster, namespace, account string) (id spiffeid.ID, ttl time.Duration, ok bool)
-	CheckBound(kube.Account) error
+	CheckBound(context.Context, kube.Account) error
 	NodeOf(context.Context, kube.Account) (string, error)
 	RunsOn(ctx context.Context, cluster, node, namespace, account string) error
 }
@@ -93,7 +97,9 @@ type Service struct {
 	log       *slog.Logger
 	metrics   *metrics
 	requests  *limit.Rates // by caller
+	refusals  *limit.Rates // likewise
 	failures  *limit.Rates // by address
+	verifying *turns       // likewise
 	strangers *rate.Limiter
 }
 
@@ -114,6 +120,7 @@ func New(o Options) (*Service, error) {
 	s := &Service{
 		cfg: o.Config, td: o.TrustDomain, floor: min(shortest, o.DefaultTTL), authority: o.Authority, clusters: o.Clusters,
 		audit: o.Audit, log: o.Log, metrics: m, requests: limit.NewRates(o.Config.RequestRate), failures: limit.NewRates(failuresPerSecond),
+		refusals: limit.NewRates(refusalsPerSecond), verifying: newTurns(verifiedAtOnce),
 		strangers: rate.NewLimiter(strangerLines, 10*strangerLines),
 	}
 	for _, cluster := range slices.Sorted(maps.Keys(o.Config.Clusters)) {
@@ -210,15 +217,11 @@ func (s *Service) believe(ctx context.Context) (*source, kube.Account, error) {
 	if err != nil {
 		return nil, kube.Account{}, err
 	}
-	host := limit.HostOf(rpc.CallerFrom(ctx).Addr)
-	if s.failures.Wait(host, time.Now()) > 0 {
-		return nil, kube.Account{}, refused("limit_failed_tokens", "too many tokens of this address were nobody's: it is not asked about more for a while")
+	caller, err, known := from.verifier.known(t)
+	if !known {
+		caller, err = s.verify(ctx, from, t)
 	}
-	caller, err := from.verifier.verify(ctx, t)
 	switch {
-	case fault.KindOf(err) == fault.Denied:
-		s.failures.Take(host, 1, time.Now())
-		return nil, kube.Account{}, err
 	case err != nil:
 		return nil, kube.Account{}, err
 	case caller.PodName == "" && !s.cfg.UnboundTokens:
@@ -227,10 +230,31 @@ func (s *Service) believe(ctx context.Context) (*source, kube.Account, error) {
 	return from, caller, nil
 }
 
+// verify has a token verified whose address has not sent too many that were
+// nobody's.
+func (s *Service) verify(ctx context.Context, from *source, t token) (kube.Account, error) {
+	host := limit.HostOf(rpc.CallerFrom(ctx).Addr)
+	give, err := s.verifying.take(ctx, host)
+	if err != nil {
+		return kube.Account{}, err
+	}
+	defer give()
+	if s.failures.Wait(host, time.Now()) > 0 {
+		return kube.Account{}, refused("limit_failed_tokens", "too many tokens of this address were nobody's: it is not asked about more for a while")
+	}
+	caller, err := from.verifier.verify(ctx, t)
+	if fault.KindOf(err) == fault.Denied {
+		s.failures.Take(host, 1, time.Now())
+	}
+	return caller, err
+}
+
+// key tells callers apart.
+func key(a kube.Account) string { return a.Cluster + "/" + a.Namespace + "/" + a.Name + "/" + a.PodUID }
+
 // decide says what is to be signed for a caller.
 func (s *Service) decide(ctx context.Context, from *source, caller kube.Account, req *istiov1.IstioCertificateRequest) (ca.X509Request, error) {
-	key := caller.Cluster + "/" + caller.Namespace + "/" + caller.Name + "/" + caller.PodUID
-	if s.requests.Take(key, 1, time.Now()) > 0 {
+	if s.requests.Take(key(caller), 1, time.Now()) > 0 {
 		return ca.X509Request{}, fault.New(fault.Denied, "limit_requests", "this caller asks for too many certificates per second: see istio.requests_per_second_per_caller")
 	}
 	g, err := s.authorize(ctx, from, caller, req.GetMetadata())
@@ -275,10 +299,10 @@ func chain(der [][]byte, bundle *ca.Bundle) []string {
 	return append(out, string(bundle.PEM()))
 }
 
-// refuse writes down why nothing was signed: of callers that proved who they are
-// always, of others as many as the log can take.
+// refuse writes down why nothing was signed, as often as the audit log can take it
+// of each caller that proved who it is, and of all others together.
 func (s *Service) refuse(ctx context.Context, caller *kube.Account, req *istiov1.IstioCertificateRequest, err error) error {
-	if caller == nil && !s.strangers.Allow() {
+	if caller == nil && !s.strangers.Allow() || caller != nil && s.refusals.Take(key(*caller), 1, time.Now()) > 0 {
 		return err
 	}
 	line := audit.Line{

@@ -25,6 +25,9 @@ type Account struct {
 	NodeName, NodeUID string
 	// Token names the token; empty if the API server does not.
 	Token string
+	// Reviewed says that the API server has said all this a moment ago. Else the
+	// token says it, under its cluster's signature, and its pod may be gone.
+	Reviewed bool
 }
 
 // Extra names of a TokenReview's user, and what all ServiceAccounts are.
@@ -58,7 +61,7 @@ func (c *cluster) account(ctx context.Context, token string, audiences []string)
 		return Account{}, err
 	}
 	account, err := readReview(status, audiences)
-	account.Cluster = c.name
+	account.Cluster, account.Reviewed = c.name, err == nil
 	return account, err
 }
 

@@ -15,18 +15,35 @@ func (c *Clusters) AccountIdentity(cluster, namespace, account string) (id spiff
 	return c.Identity(cluster, &Pod{Namespace: namespace, ServiceAccount: account})
 }
 
-// CheckBound says whether the pod that a token is bound to is known to be over:
-// then fault.Denied. One that is not known may be new.
-func (c *Clusters) CheckBound(a Account) error {
+// CheckBound says whether the pod that a token is bound to is over: then
+// fault.Denied. One that is not known may be new: a review has said that it is
+// there; for a token that was not reviewed its cluster's API server is asked, and
+// if that can't answer it is fault.NotReady. Of a cluster that is not watched, and
+// of a token without a pod, nothing is known.
+func (c *Clusters) CheckBound(ctx context.Context, a Account) error {
 	cl := c.byName[a.Cluster]
 	if cl == nil || a.PodName == "" {
 		return nil
 	}
-	pod := cl.index.pod(a.Namespace, a.PodName)
-	if pod == nil || pod.UID != a.PodUID {
-		return nil // which of the two is the later one, the API server has judged
+	pod, err := cl.index.podNow(a.Namespace, a.PodName, time.Now())
+	if a.Reviewed && (pod == nil || pod.UID != a.PodUID) {
+		return nil
+	}
+	if err != nil || pod == nil || pod.UID != a.PodUID {
+		if pod, err = cl.api.podNow(ctx, a); err != nil {
+			return err
+		}
 	}
 	return pod.checkAccount(a, time.Now())
+}
+
+// podNow is the pod that a token is bound to, by the API server.
+func (a *api) podNow(ctx context.Context, of Account) (*Pod, error) {
+	found, err := a.pod(ctx, of.Namespace, of.PodName)
+	if err != nil {
+		return nil, gone(err, "pod_gone", "the token's pod is not there any more")
+	}
+	return newPod(found), nil
 }
 
 // checkAccount holds a pod to a token that says it is bound to it.
@@ -60,11 +77,10 @@ func (c *Clusters) NodeOf(ctx context.Context, a Account) (string, error) {
 	}
 	pod := cl.index.pod(a.Namespace, a.PodName)
 	if pod == nil || pod.UID != a.PodUID || pod.Node == "" {
-		found, err := cl.api.pod(ctx, a.Namespace, a.PodName)
-		if err != nil {
-			return "", gone(err, "pod_gone", "the token's pod is not there any more")
+		var err error
+		if pod, err = cl.api.podNow(ctx, a); err != nil {
+			return "", err
 		}
-		pod = newPod(found)
 	}
 	if err := pod.checkAccount(a, time.Now()); err != nil {
 		return "", err
@@ -106,6 +122,13 @@ func (x *index) pod(namespace, name string) *Pod {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.pods[namespace+"/"+name]
+}
+
+// podNow is pod, or why the index can't be gone by.
+func (x *index) podNow(namespace, name string, now time.Time) (*Pod, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.pods[namespace+"/"+name], x.usable(now)
 }
 
 // anyOn says whether a pod on a node, by the node's name, is what is looked for;

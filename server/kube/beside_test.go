@@ -116,29 +116,63 @@ func TestWhereTheHolderOfATokenIs(t *testing.T) {
 	}
 }
 
-// What a token is bound to counts as over only where that is known.
+// A token whose pod is over proves nothing: by what is known, and where the API
+// server has not judged the token itself, by asking for the pod.
 func TestATokenWhosePodIsOver(t *testing.T) {
 	account := Account{Cluster: "prod", Namespace: "assay", Name: "assay-agent", PodName: "agent-x", PodUID: "pod-uid"}
 	past := metav1.NewTime(time.Now().Add(-time.Hour))
 	for name, tc := range map[string]struct {
-		spoil  func(*corev1.Pod)
-		reason string
+		known   func(*corev1.Pod) // nil: the index does not have it
+		now     func(*fakeAPI)    // what the API server has meanwhile; nil: the same
+		reason  string            // for a token that was reviewed
+		byClaim string            // for one that was not
 	}{
-		"runs":               {func(*corev1.Pod) {}, ""},
-		"ended":              {func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }, "pod_ended"},
-		"deleted":            {func(p *corev1.Pod) { p.DeletionTimestamp = &past }, "pod_deleted"},
-		"another account":    {func(p *corev1.Pod) { p.Spec.ServiceAccountName = "x" }, "service_account"},
-		"another, who knows": {func(p *corev1.Pod) { p.UID = "new" }, ""},
-		"not known":          {nil, ""},
+		"runs":            {func(*corev1.Pod) {}, nil, "", ""},
+		"ended":           {func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed }, nil, "pod_ended", "pod_ended"},
+		"deleted":         {func(p *corev1.Pod) { p.DeletionTimestamp = &past }, nil, "pod_deleted", "pod_deleted"},
+		"another account": {func(p *corev1.Pod) { p.Spec.ServiceAccountName = "x" }, nil, "service_account", "service_account"},
+		"replaced":        {func(p *corev1.Pod) { p.UID = "new" }, nil, "", "pod_replaced"},
+		"new":             {nil, nil, "", ""},
+		"gone":            {nil, func(f *fakeAPI) { f.pod = nil }, "", "pod_gone"},
+		"no answer":       {nil, func(f *fakeAPI) { f.code = http.StatusInternalServerError }, "", "kubernetes_unavailable"},
 	} {
-		f := newFake(t)
-		c := f.clusters()
-		if tc.spoil != nil {
-			tc.spoil(f.pod)
-			c.byName["prod"].index.setPod(f.pod)
+		for _, reviewed := range []bool{true, false} {
+			f := newFake(t)
+			c := f.clusters()
+			x := c.byName["prod"].index
+			x.replaceNodes(nil)
+			x.replacePods(nil)
+			x.setOpen(watchNodes, true)
+			x.setOpen(watchPods, true)
+			if tc.known != nil {
+				tc.known(f.pod)
+				x.setPod(f.pod)
+			}
+			if tc.now != nil {
+				tc.now(f)
+			}
+			a, want := account, tc.byClaim
+			if a.Reviewed = reviewed; reviewed {
+				want = tc.reason
+			}
+			err := c.CheckBound(t.Context(), a)
+			if (err == nil) != (want == "") || err != nil && fault.ReasonOf(err) != want {
+				t.Errorf("%s, reviewed %v: %v, want %q", name, reviewed, err, want)
+			}
+			if reviewed && len(f.asked) > 0 {
+				t.Errorf("%s: asked for %v", name, f.asked)
+			}
 		}
-		if err := c.CheckBound(account); (err == nil) != (tc.reason == "") || err != nil && fault.ReasonOf(err) != tc.reason {
-			t.Errorf("%s: %v", name, err)
-		}
+	}
+	f := newFake(t)
+	c := f.clusters()
+	c.byName["prod"].index.setPod(f.pod)
+	f.pod = nil
+	if err := c.CheckBound(t.Context(), account); fault.ReasonOf(err) != "pod_gone" {
+		t.Errorf("by an index that is not current: %v", err)
+	}
+	account.Cluster = "other"
+	if err := c.CheckBound(t.Context(), account); err != nil {
+		t.Errorf("of a cluster that is not watched: %v", err)
 	}
 }

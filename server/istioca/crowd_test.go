@@ -1,0 +1,86 @@
+package istioca
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/seed-caa81108/assay/server/kube"
+	"github.com/seed-caa81108/assay/server/limit"
+)
+
+// One outage that many questions meet at once counts as one.
+func TestFailuresThatCameTogetherOpenTheBreakerOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &asker{answer: func(ctx context.Context, _ string) (kube.Account, error) {
+			<-ctx.Done()
+			return kube.Account{}, errAway
+		}}
+		r := a.reviews()
+		var all sync.WaitGroup
+		for i := range maxReviews {
+			all.Go(func() { _, _ = r.verify(t.Context(), token{text: fmt.Sprint(i)}) })
+		}
+		all.Wait()
+		if left := time.Until(r.breaker.until); left > 2*minBreak {
+			t.Errorf("nobody is asked for %v", left)
+		}
+	})
+}
+
+// Who waited for a place has the whole time for its question.
+func TestAFullHouseIsNoOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &asker{answer: func(ctx context.Context, _ string) (kube.Account, error) {
+			select {
+			case <-time.After(900 * time.Millisecond):
+				return kube.Account{}, refused("token_invalid", "no")
+			case <-ctx.Done():
+				return kube.Account{}, errAway
+			}
+		}}
+		r := a.reviews()
+		var all sync.WaitGroup
+		for i := range 500 {
+			all.Go(func() { _, _ = r.verify(t.Context(), token{text: fmt.Sprint(i)}) })
+		}
+		all.Wait()
+		if r.breaker.open() {
+			t.Error("the API server answered each question in less than a second, and is not asked any more")
+		}
+	})
+}
+
+// slowNo is nobody's verifier, and takes its time.
+type slowNo struct{ n atomic.Int32 }
+
+func (*slowNo) known(token) (kube.Account, error, bool) { return kube.Account{}, nil, false }
+
+func (s *slowNo) verify(context.Context, token) (kube.Account, error) {
+	s.n.Add(1)
+	time.Sleep(100 * time.Millisecond)
+	return kube.Account{}, refused("token_invalid", "no")
+}
+
+// NEG-30: however many an address sends at once, so many are asked about.
+func TestForgedTokensSentTogetherAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := &slowNo{}
+		s := &Service{cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond), verifying: newTurns(verifiedAtOnce)}
+		var all sync.WaitGroup
+		for i := range 2000 {
+			all.Go(func() {
+				text := encoded(`{"alg":"ES256"}`, fmt.Sprintf(`{"sub":"system:serviceaccount:foo:sleep","aud":"istio-ca","jti":"%d"}`, i), "sig")
+				_, _, _ = s.authenticate(incoming("authorization", "Bearer "+text))
+			})
+		}
+		all.Wait()
+		if n := v.n.Load(); n > limit.BurstSeconds*failuresPerSecond+verifiedAtOnce+20 {
+			t.Errorf("%d tokens that are nobody's were asked about", n)
+		}
+	})
+}
