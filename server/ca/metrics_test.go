@@ -40,6 +40,7 @@ assay_issuer_not_after_timestamp_seconds{issuer=%q,trust_domain="example.org"} 9
 # HELP assay_x509_svids_signed_total X.509-SVIDs signed, by kind.
 # TYPE assay_x509_svids_signed_total counter
 assay_x509_svids_signed_total{kind="agent"} 2
+assay_x509_svids_signed_total{kind="mesh"} 0
 assay_x509_svids_signed_total{kind="minted"} 0
 assay_x509_svids_signed_total{kind="server"} 0
 assay_x509_svids_signed_total{kind="workload"} 1
