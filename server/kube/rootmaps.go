@@ -27,9 +27,10 @@ const (
 
 const (
 	// rootMapRate is how many of them a second are written, and rootMapBurst how
-	// many at once; new roots are spread over as much time as that takes, so that
-	// a new namespace needs not wait for all others.
-	rootMapRate, rootMapBurst = 50, 50
+	// many at once. New roots are spread over time, rootMapSpread a second: there is
+	// room beside them, so that a new namespace needs not wait for all others.
+	rootMapRate, rootMapBurst = 100, 100
+	rootMapSpread             = 50
 	rootMapWorkers            = 4
 	// rootMapPause is how soon one is written again: somebody may undo it at once.
 	rootMapPause = 2 * time.Second
@@ -140,7 +141,7 @@ func (m *rootMaps) lookAtAll() {
 	n := 0
 	for namespace := range m.namespaces {
 		if m.todo(namespace) != upToDate {
-			m.queue.AddAfter(namespace, time.Duration(n)*time.Second/rootMapRate)
+			m.queue.AddAfter(namespace, time.Duration(n)*time.Second/rootMapSpread)
 			n++
 		}
 	}

@@ -114,17 +114,17 @@ func TestOtherRootsAreSpread(t *testing.T) {
 		}
 		m.publish("two")
 		synctest.Wait()
-		if n := m.queue.Len(); n > rootMapBurst {
+		if n := m.queue.Len(); n > 1+rootMapSpread/10 {
 			t.Errorf("%d are queued at once", n)
 		}
 		m.setNamespace(namespaceNamed("new", ""))
 		synctest.Wait()
-		if n := m.queue.Len(); n > rootMapBurst {
+		if n := m.queue.Len(); n > 1+rootMapSpread/10 {
 			t.Errorf("a new one comes after %d", n)
 		}
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		if n := m.queue.Len(); n < 9*rootMapRate || n > 11*rootMapRate {
+		if n := m.queue.Len(); n < 9*rootMapSpread || n > 11*rootMapSpread {
 			t.Errorf("after ten seconds there were %d", n)
 		}
 		time.Sleep(95 * time.Second)
