@@ -189,13 +189,16 @@ func (s *Server) meshServer(r *rooms, own *identity) *grpc.Server {
 			failed:  func(err error) { s.metrics.rpc.HandshakeFailed("istio", err) },
 		},
 		MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc, RefusalsPerSecond: refusalLines,
-		Options: append(append(keepalives(), istioca.ServerOptions()...),
-			// Proxies ping every half minute, and some sooner; one that is told to
-			// go away loses its request.
-			grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true})),
+		Options: append(meshKeepalives(), istioca.ServerOptions()...),
 	})
 	r.istio.Register(mesh)
 	return mesh
+}
+
+// meshKeepalives let proxies ping every half minute, and some sooner: one that is
+// told to go away loses its request.
+func meshKeepalives() []grpc.ServerOption {
+	return append(keepalives(), grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}))
 }
 
 // errNobody says that a caller has no certificate that counts.

@@ -21,13 +21,17 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/structpb"
 	istiov1 "istio.io/api/security/v1alpha1"
 
@@ -532,5 +536,48 @@ func TestManyProxiesAtOnce(t *testing.T) {
 	all.Wait()
 	if len(serials) != proxies {
 		t.Errorf("%d serials for %d proxies", len(serials), proxies)
+	}
+}
+
+// stalling answers after a while.
+type stalling struct {
+	istiov1.UnimplementedIstioCertificateServiceServer
+}
+
+func (stalling) CreateCertificate(context.Context, *istiov1.IstioCertificateRequest) (*istiov1.IstioCertificateResponse, error) {
+	time.Sleep(150 * time.Second) // of a bubble
+	return &istiov1.IstioCertificateResponse{}, nil
+}
+
+// CA-15: a proxy that pings while it waits is not told to go away. What we answer
+// late is answered by our own deadline; here the handler is another's, so that
+// there is time for pings.
+func TestProxiesMayPingWhileTheyWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		options []grpc.ServerOption
+		ok      bool
+	}{"as gRPC has it": {nil, false}, "as the mesh's port has it": {meshKeepalives(), true}} {
+		synctest.Test(t, func(t *testing.T) {
+			lis := bufconn.Listen(1 << 16)
+			srv := grpc.NewServer(append(c.options, grpc.WaitForHandlers(true))...)
+			istiov1.RegisterIstioCertificateServiceServer(srv, stalling{})
+			done := make(chan error, 1)
+			go func() { done <- srv.Serve(lis) }()
+			conn, err := grpc.NewClient("passthrough:///mesh", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
+				grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
+				grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})) // istio-agent's
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = istiov1.NewIstioCertificateServiceClient(conn).CreateCertificate(t.Context(), &istiov1.IstioCertificateRequest{})
+			if (err == nil) != c.ok {
+				t.Errorf("%s: %v", name, err)
+			}
+			_ = conn.Close()
+			srv.Stop()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
