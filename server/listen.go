@@ -184,7 +184,7 @@ func (s *Server) meshServer(r *rooms, own *identity) *grpc.Server {
 		Name: "istio", Methods: istioca.Methods(),
 		Creds: &connLimits{
 			TransportCredentials: rpc.TokenTLS(own.certificate), isAgent: nobody, isOperator: nobody,
-			counts:  newConnCounts(0, s.cfg.Limits.AnonymousConnections),
+			counts:  newConnCounts(0, s.cfg.Limits.MeshConnections),
 			refused: func(limit string) { s.metrics.rpc.LimitReached("istio", limit) },
 			failed:  func(err error) { s.metrics.rpc.HandshakeFailed("istio", err) },
 		},

@@ -36,6 +36,7 @@ const (
 	defaultStreams   = 100
 	defaultPerAgent  = 8
 	defaultAnonymous = 256
+	defaultMesh      = 4096
 	defaultAttest    = 50
 	defaultSign      = 2000
 	defaultLiveKeys  = 8
@@ -88,6 +89,7 @@ func (c Config) withDefaults() Config {
 	setNumber(&c.Limits.Streams, defaultStreams)
 	setNumber(&c.Limits.AgentConnections, defaultPerAgent)
 	setNumber(&c.Limits.AnonymousConnections, defaultAnonymous)
+	setNumber(&c.Limits.MeshConnections, defaultMesh)
 	setNumber(&c.Limits.AttestRate, defaultAttest)
 	setNumber(&c.Limits.SignRate, defaultSign)
 	setNumber(&c.Limits.RenewRate, defaultRenew)
@@ -200,6 +202,7 @@ func (c Config) checkLimits() error {
 	}{
 		{"connections_per_agent", l.AgentConnections, defaultPerAgent},
 		{"unauthenticated_connections_per_address", l.AnonymousConnections, defaultAnonymous},
+		{"mesh_connections_per_address", l.MeshConnections, defaultMesh},
 		{"attestations_per_second_per_address", l.AttestRate, defaultAttest},
 		{"signatures_per_second_per_agent", l.SignRate, defaultSign},
 		{"renewals_per_second_per_agent", l.RenewRate, defaultRenew},

@@ -94,7 +94,7 @@ func TestTheTemplateForTheSocket(t *testing.T) {
 		t.Errorf("pods are injected with %s", got)
 	}
 	// As Istio's injector has them.
-	funcs := template.FuncMap{"default": func(fallback, value string) string {
+	funcs := template.FuncMap{"contains": func(part, s string) bool { return strings.Contains(s, part) }, "default": func(fallback, value string) string {
 		if value == "" {
 			return fallback
 		}
@@ -127,14 +127,18 @@ func TestTheTemplateForTheSocket(t *testing.T) {
 	for _, c := range []struct {
 		native     bool
 		annotation string
+		templates  string
 		init       bool
-	}{{true, "", true}, {false, "", false}, {true, "false", false}, {false, "true", true}} {
+	}{
+		{true, "", "", true}, {false, "", "", false}, {true, "false", "", false}, {false, "true", "", true},
+		{true, "", "sidecar,assay", true}, {true, "", "gateway,assay", false}, // a gateway's proxy is never an init container
+	} {
 		var data struct {
 			NativeSidecars bool
 			ObjectMeta     struct{ Annotations map[string]string }
 		}
 		data.NativeSidecars = c.native
-		data.ObjectMeta.Annotations = map[string]string{"sidecar.istio.io/nativeSidecar": c.annotation}
+		data.ObjectMeta.Annotations = map[string]string{"sidecar.istio.io/nativeSidecar": c.annotation, "inject.istio.io/templates": c.templates}
 		var text bytes.Buffer
 		if err := parsed.Execute(&text, data); err != nil {
 			t.Fatal(err)

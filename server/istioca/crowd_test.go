@@ -70,7 +70,7 @@ func (s *slowNo) verify(context.Context, token) (kube.Account, error) {
 func TestForgedTokensSentTogetherAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := &slowNo{}
-		s := &Service{cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond), verifying: newTurns(verifiedAtOnce)}
+		s := &Service{cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond), networks: limit.NewRates(10 * failuresPerSecond), verifying: newTurns(verifiedAtOnce)}
 		var all sync.WaitGroup
 		for i := range 2000 {
 			all.Go(func() {

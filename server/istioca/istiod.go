@@ -37,6 +37,10 @@ const (
 	istiodAgain = 5 * time.Second
 	// istiodTold is how often the same trouble is logged.
 	istiodTold = time.Minute
+	// A change that is taken back so soon, so many times in a row, is somebody
+	// else's Secret too: then it is written no more than once in a while.
+	istiodUndone      = 30 * time.Second
+	istiodUndoneTimes = 5
 )
 
 // RootConfigMaps are the clusters in which each namespace has the trust bundle.
@@ -120,6 +124,11 @@ type istiod struct {
 	due    time.Time // when the certificate with serial is to be renewed
 	serial string
 	told   time.Time // when trouble was last logged; zero: there is none
+	// made is what could not be put there yet; put is when the last one was, and
+	// undone how many in a row were taken back soon.
+	made   kube.TLSSecret
+	put    time.Time
+	undone int
 }
 
 // NewIstiods returns those of a configuration, which may be none.
@@ -204,19 +213,42 @@ func (i *istiod) keep(ctx context.Context, bundle *ca.Bundle) error {
 	leaf, why := i.look(was, bundle, i.authority.Issuer().AuthorityID, time.Now())
 	if why == "" {
 		i.notAfter.Set(float64(leaf.NotAfter.Unix()))
+		if time.Since(i.put) > istiodUndone {
+			i.undone = 0 // it has stayed
+		}
 		return nil
 	}
-	will, svid, err := i.issue(ctx, bundle)
-	if err != nil {
+	if err := i.contested(time.Now()); err != nil {
 		return err
 	}
-	if err := i.secrets.PutTLSSecret(ctx, i.cluster, i.namespace, i.secret, was, will); err != nil {
+	// One that could not be put there is as good the next time.
+	leaf, no := i.look(i.made, bundle, i.authority.Issuer().AuthorityID, time.Now())
+	if no != "" {
+		if i.made, leaf, err = i.issue(ctx, bundle); err != nil {
+			return err
+		}
+	}
+	if err := i.secrets.PutTLSSecret(ctx, i.cluster, i.namespace, i.secret, was, i.made); err != nil {
 		return err
 	}
-	i.notAfter.Set(float64(svid.NotAfter.Unix()))
+	i.made, i.put = kube.TLSSecret{}, time.Now()
+	i.notAfter.Set(float64(leaf.NotAfter.Unix()))
 	i.log.LogAttrs(ctx, slog.LevelInfo, "istiod has another certificate", slog.String("why", why),
-		slog.String("serial", svid.Serial), slog.Time("not_after", svid.NotAfter))
+		slog.String("serial", leaf.SerialNumber.Text(16)), slog.Time("not_after", leaf.NotAfter))
 	return nil
+}
+
+// contested counts changes that were taken back, and says when that is enough.
+func (i *istiod) contested(now time.Time) error {
+	if i.put.IsZero() || now.Sub(i.put) > istiodUndone {
+		return nil
+	}
+	if i.undone < istiodUndoneTimes {
+		i.undone++
+		return nil
+	}
+	return fault.New(fault.Conflict, "kubernetes_contested",
+		"somebody else keeps changing the Secret "+i.namespace+"/"+i.secret+": have it kept by one alone, and take it from cert-manager or istio-csr")
 }
 
 // look says why a Secret needs another certificate; "" if it does not.
@@ -255,10 +287,10 @@ func (i *istiod) look(held kube.TLSSecret, bundle *ca.Bundle, signs string, now 
 
 // issue makes a key and has our own authority sign for it: there is no other road
 // to a signature.
-func (i *istiod) issue(ctx context.Context, bundle *ca.Bundle) (kube.TLSSecret, ca.X509SVID, error) {
+func (i *istiod) issue(ctx context.Context, bundle *ca.Bundle) (kube.TLSSecret, *x509.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return kube.TLSSecret{}, ca.X509SVID{}, fmt.Errorf("generate istiod's key: %w", err)
+		return kube.TLSSecret{}, nil, fmt.Errorf("generate istiod's key: %w", err)
 	}
 	by := audit.Origin{Actor: audit.Actor{Kind: "server", SPIFFEID: i.server.String()}}
 	svids, err := i.authority.IssueX509(ctx, by, []ca.X509Request{{
@@ -268,15 +300,19 @@ func (i *istiod) issue(ctx context.Context, bundle *ca.Bundle) (kube.TLSSecret, 
 		err = svids[0].Err
 	}
 	if err != nil {
-		return kube.TLSSecret{}, ca.X509SVID{}, fmt.Errorf("issue istiod's certificate: %w", err)
+		return kube.TLSSecret{}, nil, fmt.Errorf("issue istiod's certificate: %w", err)
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return kube.TLSSecret{}, ca.X509SVID{}, fmt.Errorf("encode istiod's key: %w", err)
+		return kube.TLSSecret{}, nil, fmt.Errorf("encode istiod's key: %w", err)
 	}
 	will := kube.TLSSecret{Key: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), Roots: bundle.PEM()}
 	for _, one := range svids[0].Chain {
 		will.Chain = append(will.Chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: one})...)
 	}
-	return will, svids[0], nil
+	leaf, err := x509.ParseCertificate(svids[0].Chain[0])
+	if err != nil {
+		return kube.TLSSecret{}, nil, fmt.Errorf("parse istiod's certificate: %w", err)
+	}
+	return will, leaf, nil
 }

@@ -119,8 +119,9 @@ func (s *testSigner) IssueX509(_ context.Context, by audit.Origin, reqs []ca.X50
 
 // testSecret is a cluster's only Secret.
 type testSecret struct {
-	held kube.TLSSecret
-	puts int
+	held   kube.TLSSecret
+	puts   int
+	refuse error // of changes
 
 	mu    sync.Mutex
 	fails error
@@ -151,6 +152,9 @@ func (s *testSecret) PutTLSSecret(_ context.Context, cluster, namespace, name st
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.refuse != nil {
+		return s.refuse
+	}
 	s.held, s.puts = will, s.puts+1
 	return nil
 }
@@ -269,6 +273,7 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 			{"it has other names", func() { i.dns = append([]string{"istiod-canary.istio-system.svc"}, i.dns...) }},
 			{"half of its life is over", func() { time.Sleep(36 * time.Minute) }},
 		} {
+			time.Sleep(istiodUndone + time.Second)
 			i.log.text.Reset()
 			before := i.secret.puts
 			change.to()
@@ -288,6 +293,50 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 		before := i.secret.puts
 		if i.keepNow(t); i.secret.puts != before {
 			t.Error("renewed long before half of its life was over")
+		}
+	})
+}
+
+// Who else keeps the Secret is not fought: after a few changes that were taken back
+// it is written no more than twice a minute, and the log says so.
+func TestASecretThatSomebodyElseKeeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIstiodTest(t)
+		refused := 0
+		for range 120 { // ten minutes
+			i.secret.held.Chain = []byte("another's")
+			if err := i.keep(t.Context(), i.signer.bundle); fault.ReasonOf(err) == "kubernetes_contested" {
+				refused++
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(istiodAgain)
+		}
+		if refused < 60 || i.secret.puts > istiodUndoneTimes+25 {
+			t.Errorf("in ten minutes it was written %d times and left %d times", i.secret.puts, refused)
+		}
+		time.Sleep(istiodUndone + time.Second)
+		if before := i.secret.puts; i.keep(t.Context(), i.signer.bundle) != nil || i.secret.puts != before+1 {
+			t.Error("it is not written any more")
+		}
+	})
+}
+
+// What could not be put there is not made again while it is good.
+func TestACertificateThatCouldNotBePutIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIstiodTest(t)
+		i.secret.refuse = fault.New(fault.NotReady, "kubernetes_forbidden", "no")
+		for range 10 {
+			if err := i.keep(t.Context(), i.signer.bundle); fault.ReasonOf(err) != "kubernetes_forbidden" {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+		}
+		i.secret.refuse = nil
+		i.keepNow(t)
+		if n := len(i.signer.asked); n != 1 || i.secret.puts != 1 {
+			t.Errorf("%d certificates for one Secret that was written %d times", n, i.secret.puts)
 		}
 	})
 }

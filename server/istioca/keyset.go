@@ -89,8 +89,11 @@ func (k *keySet) run(ctx context.Context, tell func(error)) {
 			return
 		}
 		pause := keysEvery
-		if tell(err); err != nil {
+		if err != nil {
 			pause = keysAtMost
+		}
+		if !errors.Is(err, errAsked) { // else somebody has been told
+			tell(err)
 		}
 		if schedule.Sleep(ctx, pause) != nil {
 			return

@@ -99,7 +99,8 @@ type Service struct {
 	requests  *limit.Rates // by caller
 	refusals  *limit.Rates // likewise
 	failures  *limit.Rates // by address
-	verifying *turns       // likewise
+	networks  *limit.Rates // the same, by IPv6 network
+	verifying *turns       // by address
 	strangers *rate.Limiter
 }
 
@@ -119,7 +120,7 @@ func New(o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, td: o.TrustDomain, floor: min(shortest, o.DefaultTTL), authority: o.Authority, clusters: o.Clusters,
-		audit: o.Audit, log: o.Log, metrics: m, requests: limit.NewRates(o.Config.RequestRate), failures: limit.NewRates(failuresPerSecond),
+		audit: o.Audit, log: o.Log, metrics: m, requests: limit.NewRates(o.Config.RequestRate), failures: limit.NewRates(failuresPerSecond), networks: limit.NewRates(10 * failuresPerSecond),
 		refusals: limit.NewRates(refusalsPerSecond), verifying: newTurns(verifiedAtOnce),
 		strangers: rate.NewLimiter(strangerLines, 10*strangerLines),
 	}
@@ -233,18 +234,20 @@ func (s *Service) believe(ctx context.Context) (*source, kube.Account, error) {
 // verify has a token verified whose address has not sent too many that were
 // nobody's.
 func (s *Service) verify(ctx context.Context, from *source, t token) (kube.Account, error) {
-	host := limit.HostOf(rpc.CallerFrom(ctx).Addr)
+	addr := rpc.CallerFrom(ctx).Addr
+	host, network := limit.AddressOf(addr), limit.HostOf(addr)
 	give, err := s.verifying.take(ctx, host)
 	if err != nil {
 		return kube.Account{}, err
 	}
 	defer give()
-	if s.failures.Wait(host, time.Now()) > 0 {
+	if s.failures.Wait(host, time.Now()) > 0 || s.networks.Wait(network, time.Now()) > 0 {
 		return kube.Account{}, refused("limit_failed_tokens", "too many tokens of this address were nobody's: it is not asked about more for a while")
 	}
 	caller, err := from.verifier.verify(ctx, t)
 	if fault.KindOf(err) == fault.Denied {
 		s.failures.Take(host, 1, time.Now())
+		s.networks.Take(network, 1, time.Now())
 	}
 	return caller, err
 }

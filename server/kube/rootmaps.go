@@ -196,7 +196,7 @@ func (m *rootMaps) work(ctx context.Context, log *slog.Logger) {
 
 func (m *rootMaps) keep(ctx context.Context, namespace string, log *slog.Logger) {
 	m.mu.Lock()
-	what, roots, sum, pause := m.todo(namespace), m.roots, m.sum, time.Until(m.wrote[namespace].at.Add(rootMapPause))
+	what, pause := m.todo(namespace), time.Until(m.wrote[namespace].at.Add(rootMapPause))
 	m.mu.Unlock()
 	switch {
 	case what == upToDate:
@@ -208,6 +208,9 @@ func (m *rootMaps) keep(ctx context.Context, namespace string, log *slog.Logger)
 	case m.limit.Wait(ctx) != nil:
 		return
 	}
+	m.mu.Lock()
+	roots, sum := m.roots, m.sum // others may have come meanwhile
+	m.mu.Unlock()
 	err := m.write(ctx, what, namespace, roots)
 	switch {
 	case ctx.Err() != nil:

@@ -74,7 +74,8 @@ func (c *Clusters) PutTLSSecret(ctx context.Context, cluster, namespace, name st
 		// Not with its cause, which may quote what was sent.
 		return fault.New(fault.NotReady, "kubernetes_secret_refused", "the API server does not take the Secret "+name+": if it is immutable, delete it")
 	case err != nil:
-		return cl.api.unavailable(err, right)
+		// Likewise: a webhook that denies it may quote it.
+		return cl.api.unavailable(&apierrors.StatusError{ErrStatus: metav1.Status{Reason: apierrors.ReasonForError(err), Message: "the API server answers " + string(apierrors.ReasonForError(err))}}, right)
 	}
 	return nil
 }

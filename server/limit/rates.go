@@ -90,6 +90,15 @@ func (b *Rates) sweep(now time.Time) {
 	b.sweepAt = max(fewBuckets, 2*len(b.of))
 }
 
+// AddressOf is a remote address without its port.
+func AddressOf(addr string) string {
+	ap, err := netip.ParseAddrPort(addr)
+	if err != nil {
+		return addr
+	}
+	return ap.Addr().Unmap().WithZone("").String()
+}
+
 // HostOf is the part of a remote address that an attacker can't vary at will:
 // the IPv4 address, or the IPv6 network of 64 bits.
 func HostOf(addr string) string {

@@ -328,7 +328,7 @@ func TestSocketForEnvoyIsFoundByAnybody(t *testing.T) {
 	}
 	client := secretv3.NewSecretDiscoveryServiceClient(conn)
 	fetch := func(name string) codes.Code {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		_, err := client.FetchSecrets(ctx, &discoveryv3.DiscoveryRequest{ResourceNames: []string{name}})
 		return status.Code(err)
