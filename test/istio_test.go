@@ -130,8 +130,12 @@ func TestTheTemplateForTheSocket(t *testing.T) {
 		templates  string
 		init       bool
 	}{
-		{true, "", "", true}, {false, "", "", false}, {true, "false", "", false}, {false, "true", "", true},
-		{true, "", "sidecar,assay", true}, {true, "", "gateway,assay", false}, // a gateway's proxy is never an init container
+		{true, "", "", true},
+		{false, "", "", false},
+		{true, "false", "", false},
+		{false, "true", "", true},
+		{true, "", "sidecar,assay", true},
+		{true, "", "gateway,assay", false}, // a gateway's proxy is never an init container
 	} {
 		var data struct {
 			NativeSidecars bool
