@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -101,14 +102,19 @@ func (s source) follow(ctx context.Context, into cache.ReflectorStore) {
 		},
 	}
 	quiet := logr.Discard()
-	r := cache.NewReflectorWithOptions(watched, s.object, into, cache.ReflectorOptions{Name: s.api.cluster + "/" + s.resource, Logger: &quiet})
+	r := cache.NewReflectorWithOptions(watched, s.object, into, cache.ReflectorOptions{
+		Name: s.api.cluster + "/" + s.resource, Logger: &quiet,
+		// A server is one client of each API server, and what it does not know keeps
+		// pods waiting: its pauses are shorter than client-go's, which grow to a minute.
+		Backoff: &wait.Backoff{Duration: time.Second / 2, Cap: 5 * time.Second, Steps: 10, Factor: 2, Jitter: 1},
+	})
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
 		r.RunWithContext(logr.NewContext(ctx, quiet))
 	}()
-	// Between attempts to reach an API server that is away the reflector sleeps, up
-	// to a minute, whatever becomes of ctx.
+	// Between attempts to reach an API server that is away the reflector sleeps,
+	// whatever becomes of ctx.
 	select {
 	case <-ended:
 	case <-ctx.Done():
