@@ -112,7 +112,7 @@ func (s *Service) impersonated(ctx context.Context, caller kube.Account, wanted 
 }
 
 // split takes an identity of the mesh apart.
-func (s *Service) split(text string) (namespace, account_ string, err error) {
+func (s *Service) split(text string) (namespace, account string, err error) {
 	id, err := name.ParseID(text)
 	if err != nil {
 		return "", "", refused("impersonation_malformed", "the identity that is asked for is no SPIFFE ID")
@@ -121,7 +121,7 @@ func (s *Service) split(text string) (namespace, account_ string, err error) {
 		return "", "", refused("impersonation_foreign", "the identity that is asked for is of another trust domain")
 	}
 	parts := strings.Split(id.Path(), "/") // begins with an empty one
-	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" || !account.MatchString(parts[2]+"/"+parts[4]) {
+	if len(parts) != 5 || parts[1] != "ns" || parts[3] != "sa" || !accountName.MatchString(parts[2]+"/"+parts[4]) {
 		return "", "", refused("impersonation_malformed", "the identity that is asked for is not /ns/<namespace>/sa/<name>")
 	}
 	return parts[2], parts[4], nil

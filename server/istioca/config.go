@@ -146,7 +146,7 @@ func (c Config) Addresses() []netip.Addr {
 }
 
 // A ServiceAccount as namespace/name.
-var account = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
+var accountName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 
 // Check says what is wrong with a configuration that has its defaults.
 func (c Config) Check(clusters kube.Config) error {
@@ -160,7 +160,7 @@ func (c Config) Check(clusters kube.Config) error {
 		return err
 	}
 	for _, one := range c.TrustedNodeAccounts {
-		if !account.MatchString(one) {
+		if !accountName.MatchString(one) {
 			return bad("istio.trusted_node_accounts has an item that is not namespace/name: write it as istio-system/ztunnel")
 		}
 	}

@@ -3,12 +3,16 @@ package istioca
 import (
 	"context"
 	"fmt"
+	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/peer"
+
+	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/kube"
 	"github.com/seed-caa81108/assay/server/limit"
 )
@@ -62,7 +66,7 @@ func (*slowNo) known(token) (kube.Account, error, bool) { return kube.Account{},
 
 func (s *slowNo) verify(context.Context, token) (kube.Account, error) {
 	s.n.Add(1)
-	time.Sleep(100 * time.Millisecond)
+	time.Sleep(100 * time.Millisecond) // of a bubble
 	return kube.Account{}, refused("token_invalid", "no")
 }
 
@@ -70,7 +74,7 @@ func (s *slowNo) verify(context.Context, token) (kube.Account, error) {
 func TestForgedTokensSentTogetherAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		v := &slowNo{}
-		s := &Service{cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond), networks: limit.NewRates(10 * failuresPerSecond), verifying: newTurns(verifiedAtOnce)}
+		s := &Service{cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond), verifying: newTurns(verifiedAtOnce), networkFailures: limit.NewRates(10 * failuresPerSecond), networkVerifying: newTurns(10 * verifiedAtOnce)}
 		var all sync.WaitGroup
 		for i := range 2000 {
 			all.Go(func() {
@@ -81,6 +85,40 @@ func TestForgedTokensSentTogetherAreBounded(t *testing.T) {
 		all.Wait()
 		if n := v.n.Load(); n > limit.BurstSeconds*failuresPerSecond+verifiedAtOnce+20 {
 			t.Errorf("%d tokens that are nobody's were asked about", n)
+		}
+	})
+}
+
+// One who has a network of addresses is held to ten times as much as one address,
+// and troubles nobody outside it. // NEG-30
+func TestForgedTokensOfANetworkAreBounded(t *testing.T) {
+	v := &slowNo{}
+	synctest.Test(t, func(t *testing.T) {
+		s := &Service{
+			cfg: Config{Audiences: audiences}, sources: []*source{{name: "a", verifier: v}}, failures: limit.NewRates(failuresPerSecond),
+			verifying: newTurns(verifiedAtOnce), networkFailures: limit.NewRates(10 * failuresPerSecond), networkVerifying: newTurns(10 * verifiedAtOnce),
+		}
+		from := func(ip net.IP, i int) error {
+			text := encoded(`{"alg":"ES256"}`, fmt.Sprintf(`{"sub":"system:serviceaccount:foo:sleep","aud":"istio-ca","jti":"%d"}`, i), "sig")
+			ctx := peer.NewContext(incoming("authorization", "Bearer "+text), &peer.Peer{Addr: &net.TCPAddr{IP: ip, Port: 1000}})
+			_, _, err := s.authenticate(ctx)
+			return err
+		}
+		const most = 10 * failuresPerSecond * limit.BurstSeconds
+		var all sync.WaitGroup
+		for i := range 3 * most {
+			all.Go(func() { _ = from(net.IP{0x20, 1, 0xd, 0xb8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, byte(i >> 8), byte(i)}, i) })
+		}
+		all.Wait()
+		if n := int(v.n.Load()); n < most || n > most+20*verifiedAtOnce {
+			t.Errorf("%d of %d tokens of a network were asked about", n, 3*most)
+		}
+		asked := v.n.Load()
+		if err := from(net.IP{0x20, 1, 0xd, 0xb8, 0, 0, 0, 1, 0xff, 0, 0, 0, 0, 0, 0, 1}, 0); fault.CauseOf(err) != "limit_failed_tokens" || v.n.Load() != asked {
+			t.Errorf("a new address of the network: %v", err)
+		}
+		if err := from(net.IP{0x20, 1, 0xd, 0xb8, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1}, 0); fault.CauseOf(err) != "token_invalid" {
+			t.Errorf("an address of another: %v", err)
 		}
 	})
 }

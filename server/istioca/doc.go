@@ -21,6 +21,9 @@
 // it in a Secret of its cluster, by the same road. The roots that proxies find in
 // their namespaces are package kube's.
 //
+// Beside that it keeps istiod's own certificate in a Secret of its cluster, since an
+// istiod that is no CA has none.
+//
 // The codes are those that the clients act upon: what will be refused again is
 // Unauthenticated, PermissionDenied or InvalidArgument, which they don't repeat;
 // what may work in a moment is Unavailable, which they do. A refusal's text is

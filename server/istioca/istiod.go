@@ -71,7 +71,7 @@ func (c ClusterConfig) checkKept(key string, watched bool) error {
 		return bad("%s.root_config_maps is for a cluster of kubernetes.clusters: add it there, or leave root_config_maps out", key)
 	case c.IstiodSecret != "" && !watched:
 		return bad("%s.istiod_secret is for a cluster of kubernetes.clusters: add it there, or leave istiod_secret out", key)
-	case c.IstiodSecret != "" && !account.MatchString(c.IstiodSecret):
+	case c.IstiodSecret != "" && !accountName.MatchString(c.IstiodSecret):
 		return bad("%s.istiod_secret is not namespace/name: write it as istio-system/istiod-tls", key)
 	case c.IstiodSecret == "" && len(c.IstiodDNSNames) > 0:
 		return bad("%s.istiod_dns_names is for istiod_secret, which is not set: set %s.istiod_secret: istio-system/istiod-tls", key, key)

@@ -99,9 +99,11 @@ type Service struct {
 	requests  *limit.Rates // by caller
 	refusals  *limit.Rates // likewise
 	failures  *limit.Rates // by address
-	networks  *limit.Rates // the same, by IPv6 network
-	verifying *turns       // by address
-	strangers *rate.Limiter
+	verifying *turns       // likewise
+	// The same, ten times as much, by network: of IPv6 one peer may have all of it.
+	networkFailures  *limit.Rates
+	networkVerifying *turns
+	strangers        *rate.Limiter
 }
 
 // source is a cluster with how its tokens are verified.
@@ -120,8 +122,9 @@ func New(o Options) (*Service, error) {
 	}
 	s := &Service{
 		cfg: o.Config, td: o.TrustDomain, floor: min(shortest, o.DefaultTTL), authority: o.Authority, clusters: o.Clusters,
-		audit: o.Audit, log: o.Log, metrics: m, requests: limit.NewRates(o.Config.RequestRate), failures: limit.NewRates(failuresPerSecond), networks: limit.NewRates(10 * failuresPerSecond),
+		audit: o.Audit, log: o.Log, metrics: m, requests: limit.NewRates(o.Config.RequestRate), failures: limit.NewRates(failuresPerSecond),
 		refusals: limit.NewRates(refusalsPerSecond), verifying: newTurns(verifiedAtOnce),
+		networkFailures: limit.NewRates(10 * failuresPerSecond), networkVerifying: newTurns(10 * verifiedAtOnce),
 		strangers: rate.NewLimiter(strangerLines, 10*strangerLines),
 	}
 	for _, cluster := range slices.Sorted(maps.Keys(o.Config.Clusters)) {
@@ -241,13 +244,18 @@ func (s *Service) verify(ctx context.Context, from *source, t token) (kube.Accou
 		return kube.Account{}, err
 	}
 	defer give()
-	if s.failures.Wait(host, time.Now()) > 0 || s.networks.Wait(network, time.Now()) > 0 {
+	giveNetwork, err := s.networkVerifying.take(ctx, network)
+	if err != nil {
+		return kube.Account{}, err
+	}
+	defer giveNetwork()
+	if s.failures.Wait(host, time.Now()) > 0 || s.networkFailures.Wait(network, time.Now()) > 0 {
 		return kube.Account{}, refused("limit_failed_tokens", "too many tokens of this address were nobody's: it is not asked about more for a while")
 	}
 	caller, err := from.verifier.verify(ctx, t)
 	if fault.KindOf(err) == fault.Denied {
 		s.failures.Take(host, 1, time.Now())
-		s.networks.Take(network, 1, time.Now())
+		s.networkFailures.Take(network, 1, time.Now())
 	}
 	return caller, err
 }

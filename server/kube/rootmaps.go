@@ -140,7 +140,7 @@ func (m *rootMaps) lookAtAll() {
 	}
 	n := 0
 	for namespace := range m.namespaces {
-		if m.todo(namespace) != upToDate {
+		if m.need(namespace) != upToDate {
 			m.queue.AddAfter(namespace, time.Duration(n)*time.Second/rootMapSpread)
 			n++
 		}
@@ -149,21 +149,21 @@ func (m *rootMaps) lookAtAll() {
 
 // look has a namespace written that is behind.
 func (m *rootMaps) look(namespace string) {
-	if m.todo(namespace) != upToDate {
+	if m.need(namespace) != upToDate {
 		m.queue.Add(namespace)
 	}
 }
 
-// todo is what a namespace needs.
-type todo int
+// need is what a namespace needs.
+type need int
 
 const (
-	upToDate todo = iota
+	upToDate need = iota
 	create
 	amend
 )
 
-func (m *rootMaps) todo(namespace string) todo {
+func (m *rootMaps) need(namespace string) need {
 	going, there := m.namespaces[namespace]
 	if !there || going || !m.synced[watchNamespaces] || !m.synced[watchRootMaps] {
 		return upToDate
@@ -196,7 +196,7 @@ func (m *rootMaps) work(ctx context.Context, log *slog.Logger) {
 
 func (m *rootMaps) keep(ctx context.Context, namespace string, log *slog.Logger) {
 	m.mu.Lock()
-	what, pause := m.todo(namespace), time.Until(m.wrote[namespace].at.Add(rootMapPause))
+	what, pause := m.need(namespace), time.Until(m.wrote[namespace].at.Add(rootMapPause))
 	m.mu.Unlock()
 	switch {
 	case what == upToDate:
@@ -237,7 +237,7 @@ func (m *rootMaps) keep(ctx context.Context, namespace string, log *slog.Logger)
 	}
 }
 
-func (t todo) String() string {
+func (t need) String() string {
 	if t == create {
 		return "create configmaps"
 	}
@@ -246,7 +246,7 @@ func (t todo) String() string {
 
 // write makes the ConfigMap, or changes what is ours in it: whatever else it
 // holds stays.
-func (m *rootMaps) write(ctx context.Context, what todo, namespace, roots string) error {
+func (m *rootMaps) write(ctx context.Context, what need, namespace, roots string) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	if what == create {

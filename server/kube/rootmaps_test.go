@@ -46,26 +46,26 @@ func TestWhatARootMapNeeds(t *testing.T) {
 	m := newTestRootMaps(t)
 	m.publish("one")
 	m.setNamespace(namespaceNamed("a", corev1.NamespaceActive))
-	if got := m.todo("a"); got != upToDate {
+	if got := m.need("a"); got != upToDate {
 		t.Errorf("before anything was listed: %v", got)
 	}
 	m.replaceNamespaces([]*corev1.Namespace{
 		namespaceNamed("a", corev1.NamespaceActive), namespaceNamed("going", corev1.NamespaceTerminating), namespaceNamed("kube-system", corev1.NamespaceActive),
 		namespaceNamed("good", ""), namespaceNamed("old", ""), namespaceNamed("edited", ""), namespaceNamed("unlabeled", ""),
 	})
-	if got := m.todo("a"); got != upToDate {
+	if got := m.need("a"); got != upToDate {
 		t.Errorf("before the ConfigMaps were listed: %v", got)
 	}
 	m.replaceMaps([]*corev1.ConfigMap{
 		rootMapIn("good", "one", "true"), rootMapIn("old", "zero", "true"), rootMapIn("edited", "one\nmore", "true"),
 		rootMapIn("unlabeled", "one", ""), rootMapIn("gone", "zero", "true"),
 	})
-	want := map[string]todo{
+	want := map[string]need{
 		"a": create, "kube-system": create, "good": upToDate, "old": amend, "edited": amend, "unlabeled": amend,
 		"going": upToDate, "gone": upToDate,
 	}
 	for namespace, want := range want {
-		if got := m.todo(namespace); got != want {
+		if got := m.need(namespace); got != want {
 			t.Errorf("%s: %d, want %d", namespace, got, want)
 		}
 	}
@@ -76,13 +76,13 @@ func TestWhatARootMapNeeds(t *testing.T) {
 	m.dropMap(rootMapIn("good", "one", "true"))
 	m.dropNamespace(namespaceNamed("edited", ""))
 	m.setNamespace(namespaceNamed("unlabeled", corev1.NamespaceTerminating))
-	for namespace, want := range map[string]todo{"old": upToDate, "good": create, "edited": upToDate, "unlabeled": upToDate} {
-		if got := m.todo(namespace); got != want {
+	for namespace, want := range map[string]need{"old": upToDate, "good": create, "edited": upToDate, "unlabeled": upToDate} {
+		if got := m.need(namespace); got != want {
 			t.Errorf("%s: %d, want %d", namespace, got, want)
 		}
 	}
 	m.publish("two")
-	if current, behind := m.count(); current != 0 || behind != 4 || m.todo("old") != amend {
+	if current, behind := m.count(); current != 0 || behind != 4 || m.need("old") != amend {
 		t.Errorf("after other roots: %d current, %d behind", current, behind)
 	}
 	m.setOpen(watchRootMaps, false)
