@@ -48,8 +48,11 @@ test-kube: need-gcc $(if $(ROOT),$(TOOLS)/image) ## against a real Kubernetes AP
 	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok helm
 	$(RACE) -tags 'kube $(ROOT)' -count=1 -timeout 20m ./test/kube/...
 
+# What make test has run already is left out.
+LONG    = $(shell sed -n 's/^func \(Test[[:alnum:]]*\).*/\1/p' test/e2e/*_long_test.go)
+
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
-	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m ./test/e2e/...
+	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m -run "^($$(echo $(LONG) | tr ' ' '|'))$$" ./test/e2e/...
 	@# Sixteen months in a bubble take a minute, with the race detector ten.
 	$(GO) test -tags long -count=1 -timeout 15m -run SixteenMonths ./server/rotation
 	@# With the pidfd check compiled out the same attack has to succeed, else

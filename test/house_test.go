@@ -61,6 +61,25 @@ func TestNothingIsSkipped(t *testing.T) {
 	})
 }
 
+// make test leaves the long suites out by their tag, make long finds them by the
+// name of their file.
+func TestLongSuitesAreCalledSo(t *testing.T) {
+	long := 0
+	files(t, "_test.go", func(path string, content []byte) {
+		constraint, _, _ := strings.Cut(string(content), "\n")
+		tagged := strings.HasPrefix(constraint, "//go:build ") && strings.Contains(constraint, "long")
+		if tagged != strings.HasSuffix(path, "_long_test.go") {
+			t.Errorf("%s: has the tag long: %v", path, tagged)
+		}
+		if tagged {
+			long++
+		}
+	})
+	if long == 0 {
+		t.Error("there are no long suites: the test proves nothing")
+	}
+}
+
 // I1: the authority is the only road to a signature. Its key is opened, and
 // certificates are made, in server/ca and nowhere else in the product.
 func TestOnlyTheAuthoritySigns(t *testing.T) {
