@@ -9,6 +9,7 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/rest"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
@@ -44,19 +45,19 @@ const (
 
 // Review has a cluster's API server say whose a token is, if it is for one of
 // the audiences. That it is nobody's is fault.Denied, that there is no answer
-// fault.NotReady.
+// fault.NotReady. The caller bounds how many are under way.
 func (c *Clusters) Review(ctx context.Context, cluster, token string, audiences []string) (Account, error) {
 	cl := c.byName[cluster]
 	if cl == nil {
 		return Account{}, errNoCluster
 	}
-	return cl.account(ctx, token, audiences)
+	return cl.account(ctx, cl.api.proxies, token, audiences)
 }
 
 var errNoCluster = refused("cluster_unknown", "kubernetes.clusters has no cluster of that name")
 
-func (c *cluster) account(ctx context.Context, token string, audiences []string) (Account, error) {
-	status, err := c.api.review(ctx, token, audiences)
+func (c *cluster) account(ctx context.Context, by rest.Interface, token string, audiences []string) (Account, error) {
+	status, err := c.api.review(ctx, by, token, audiences)
 	if err != nil {
 		return Account{}, err
 	}

@@ -25,6 +25,8 @@ const (
 	// A server asks for each agent that attests, three times; a fleet that
 	// starts at once must not wait for a client's own limit.
 	askRate, askBurst = 200, 400
+	// unlimited is for questions whose asker bounds how many there are at a time.
+	unlimited = -1
 )
 
 // api is a cluster's API server.
@@ -32,6 +34,9 @@ type api struct {
 	cluster string
 	core    rest.Interface
 	tokens  rest.Interface // authentication.k8s.io
+	// proxies is tokens for those of a mesh's proxies. Whoever reaches the agents'
+	// port can use up the rate of tokens, and proxies would get no certificates.
+	proxies rest.Interface
 }
 
 // newAPI prepares a connection. Nothing is asked yet: a cluster that is away
@@ -44,18 +49,21 @@ func newAPI(cluster string, cfg *rest.Config, agent string) (*api, error) {
 		}
 	}
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	client := func(path string, version schema.GroupVersion) (rest.Interface, error) {
+	client := func(path string, version schema.GroupVersion, perSecond float32) (rest.Interface, error) {
 		c := rest.CopyConfig(cfg)
 		c.APIPath, c.GroupVersion, c.UserAgent = path, &version, agent
 		c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 		c.ContentType = runtime.ContentTypeProtobuf
-		c.QPS, c.Burst = askRate, askBurst
+		c.QPS, c.Burst = perSecond, askBurst
 		return rest.RESTClientFor(c)
 	}
 	a := &api{cluster: cluster}
 	var err error
-	if a.core, err = client("/api", corev1.SchemeGroupVersion); err == nil {
-		a.tokens, err = client("/apis", authenticationv1.SchemeGroupVersion)
+	if a.core, err = client("/api", corev1.SchemeGroupVersion, askRate); err == nil {
+		a.tokens, err = client("/apis", authenticationv1.SchemeGroupVersion, askRate)
+	}
+	if err == nil {
+		a.proxies, err = client("/apis", authenticationv1.SchemeGroupVersion, unlimited)
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Precondition, err, "config_kubernetes",
@@ -83,12 +91,12 @@ func restConfig(cluster, kubeconfig string) (*rest.Config, error) {
 }
 
 // review has the API server say what a token is worth for any of the audiences.
-func (a *api) review(ctx context.Context, token string, audiences []string) (authenticationv1.TokenReviewStatus, error) {
+func (a *api) review(ctx context.Context, by rest.Interface, token string, audiences []string) (authenticationv1.TokenReviewStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	review := &authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: audiences}}
 	var answer authenticationv1.TokenReview
-	err := a.tokens.Post().Resource("tokenreviews").Body(review).Do(ctx).Into(&answer)
+	err := by.Post().Resource("tokenreviews").Body(review).Do(ctx).Into(&answer)
 	if err != nil {
 		return authenticationv1.TokenReviewStatus{}, a.unavailable(err, "create TokenReviews")
 	}

@@ -106,7 +106,7 @@ func (c *Clusters) AgentNode(ctx context.Context, clusterName, token string) (No
 	if cl == nil {
 		return Node{}, rejected(errNoCluster)
 	}
-	account, err := cl.account(ctx, token, []string{cl.cfg.Audience})
+	account, err := cl.account(ctx, cl.api.tokens, token, []string{cl.cfg.Audience})
 	if err != nil {
 		return Node{}, rejected(err)
 	}

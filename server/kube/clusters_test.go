@@ -1,12 +1,14 @@
 package kube
 
 import (
+	"context"
 	"errors"
 	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -174,5 +176,34 @@ func TestClustersThatCannotBeConfigured(t *testing.T) {
 		if _, err := Open(Config{Clusters: map[string]ClusterConfig{"prod": c}}.WithDefaults(), example, "/assay/", "test"); fault.ReasonOf(err) != "config_kubernetes" {
 			t.Errorf("%+v: %v", c, err)
 		}
+	}
+}
+
+// However many come to the agents' port with tokens, those of a mesh are reviewed
+// at once: nobody has proved anything there yet. // NEG-20
+func TestAgentsTokensDoNotHoldUpAMesh(t *testing.T) {
+	f := newFake(t)
+	f.server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write([]byte(`{"kind":"TokenReview","apiVersion":"authentication.k8s.io/v1","status":{}}`))
+	})
+	c := f.clusters()
+	agents, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer cancel()
+	rate, full := c.byName["prod"].api.tokens.GetRateLimiter(), make(chan struct{}, askBurst+25*askRate)
+	for range cap(full) {
+		all.Go(func() {
+			if rate.Wait(agents) != nil {
+				full <- struct{}{}
+			}
+		})
+	}
+	<-full // what agents may ask in twenty seconds is on its way
+	proxies, cancelProxies := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancelProxies()
+	if _, err := c.Review(proxies, "prod", "token", []string{"istio-ca"}); fault.ReasonOf(err) != "token_invalid" {
+		t.Error(err)
 	}
 }
