@@ -1,6 +1,7 @@
 package server
 
 import (
+	"crypto/tls"
 	"fmt"
 	"strings"
 	"testing"
@@ -8,6 +9,7 @@ import (
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -163,5 +165,39 @@ func TestWhatIsTooMuchForOneCallIsRefused(t *testing.T) {
 	wantReason(t, "many calls at one per second", err, fault.Exhausted, "limit_calls")
 	if _, err := o.entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil {
 		t.Errorf("the admin socket: %v", err)
+	}
+}
+
+// A stranger costs memory with each call that he begins: on one connection he can
+// begin as many as a ztunnel does. // NEG-20
+func TestCallsOnAMeshsConnectionAreBounded(t *testing.T) {
+	m := startMesh(t)
+	conn, err := tls.Dial("tcp", m.server.IstioAddr().String(), &tls.Config{
+		RootCAs: m.rooms.authority.Bundle().Pool(), NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS12,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write([]byte(http2.ClientPreface)); err != nil {
+		t.Fatal(err)
+	}
+	frames := http2.NewFramer(conn, conn)
+	if err := frames.WriteSettings(); err != nil {
+		t.Fatal(err)
+	}
+	frame, err := frames.ReadFrame()
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings, ok := frame.(*http2.SettingsFrame)
+	if !ok {
+		t.Fatalf("the server begins with %v", frame)
+	}
+	if n, ok := settings.Value(http2.SettingMaxConcurrentStreams); !ok || n != 8 {
+		t.Errorf("a connection may have %d calls", n)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -44,6 +45,10 @@ const (
 	// refusalLines is how many refused calls per second the log has of a port
 	// that strangers reach.
 	refusalLines = 20
+	// meshStreams is how many calls may run on one connection of a mesh's proxy: a
+	// ztunnel has as many under way at a time, a sidecar one. Who has proved nothing
+	// costs memory with each.
+	meshStreams = 8
 	// drainTime is how long calls may take to finish once the server stops.
 	drainTime = 5 * time.Second
 )
@@ -188,11 +193,20 @@ func (s *Server) meshServer(r *rooms, own *identity) *grpc.Server {
 			refused: func(limit string) { s.metrics.rpc.LimitReached("istio", limit) },
 			failed:  func(err error) { s.metrics.rpc.HandshakeFailed("istio", err) },
 		},
-		MaxStreams: s.cfg.Limits.Streams, Log: s.deps.Log, Metrics: s.metrics.rpc, RefusalsPerSecond: refusalLines,
-		Options: append(meshKeepalives(), istioca.ServerOptions()...),
+		MaxStreams: meshStreams, Log: s.deps.Log, Metrics: s.metrics.rpc, RefusalsPerSecond: refusalLines,
+		Options: slices.Concat(meshKeepalives(), meshBuffers(), istioca.ServerOptions()),
 	})
 	r.istio.Register(mesh)
 	return mesh
+}
+
+// meshBuffers are small, as requests are: a mesh has a connection for each of its
+// pods, which is idle nearly always.
+func meshBuffers() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ReadBufferSize(4 << 10),
+		grpc.StaticStreamWindowSize(64 << 10), grpc.StaticConnWindowSize(64 << 10),
+	}
 }
 
 // meshKeepalives let proxies ping every half minute, and some sooner: one that is
