@@ -9,6 +9,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/server/kube"
@@ -24,6 +25,8 @@ const (
 	// verdictLife is how long what the API server said of a token holds. A ztunnel
 	// asks with the same one for each pod of its node.
 	verdictLife = 10 * time.Second
+	// trouble is told once in so long.
+	tellEvery   = time.Minute
 	maxVerdicts = 8192
 )
 
@@ -42,6 +45,8 @@ type reviews struct {
 	slots   chan struct{}
 	breaker *breaker
 	took    prometheus.Observer
+	tell    func(error) // of answers that are none; nil: nobody
+	told    rate.Sometimes
 
 	mu       sync.Mutex
 	verdicts map[[sha256.Size]byte]verdict
@@ -55,7 +60,10 @@ type verdict struct {
 }
 
 func newReviews(took prometheus.Observer, ask func(context.Context, string) (kube.Account, error)) *reviews {
-	return &reviews{ask: ask, slots: make(chan struct{}, maxReviews), breaker: newBreaker(), took: took, verdicts: map[[sha256.Size]byte]verdict{}}
+	return &reviews{
+		ask: ask, slots: make(chan struct{}, maxReviews), breaker: newBreaker(), took: took, told: rate.Sometimes{Interval: tellEvery},
+		verdicts: map[[sha256.Size]byte]verdict{},
+	}
 }
 
 func (r *reviews) known(t token) (kube.Account, error, bool) {
@@ -108,6 +116,9 @@ func (r *reviews) review(ctx context.Context, text string) (kube.Account, error)
 	answered := err == nil || fault.KindOf(err) == fault.Denied
 	done(time.Now(), answered)
 	if !answered {
+		if r.tell != nil {
+			r.told.Do(func() { r.tell(err) })
+		}
 		return kube.Account{}, unavailable(err)
 	}
 	return account, err

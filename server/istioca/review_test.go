@@ -189,3 +189,32 @@ func TestVerdictsAreBounded(t *testing.T) {
 		t.Errorf("%d verdicts are kept", n)
 	}
 }
+
+// That an API server gives no answers is in the log: at once, then once a minute.
+func TestUnansweredReviewsAreTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &asker{answer: func(context.Context, string) (kube.Account, error) { return kube.Account{}, errAway }}
+		r := a.reviews()
+		var told []error
+		r.tell = func(err error) { told = append(told, err) }
+		ask := func() {
+			if _, err := r.verify(t.Context(), token{text: "t"}); fault.KindOf(err) != fault.NotReady {
+				t.Fatal(err)
+			}
+		}
+		ask()
+		ask()
+		time.Sleep(3 * tellEvery)
+		ask()
+		if len(told) != 2 || fault.ReasonOf(told[0]) != "kubernetes_unavailable" {
+			t.Errorf("told %v", told)
+		}
+		a.answer = func(context.Context, string) (kube.Account, error) {
+			return kube.Account{}, refused("token_invalid", "no")
+		}
+		time.Sleep(3 * tellEvery)
+		if _, err := r.verify(t.Context(), token{text: "t"}); fault.KindOf(err) != fault.Denied || len(told) != 2 {
+			t.Errorf("an answer, and be it no: %v, told %v", err, told)
+		}
+	})
+}

@@ -27,6 +27,9 @@ import (
 const (
 	// answerWithin bounds a request: its clients wait for ever.
 	answerWithin = 10 * time.Second
+	// recordWithin bounds the line of a refusal, which is written however the request
+	// ended.
+	recordWithin = 5 * time.Second
 	// shortest is the shortest life that a proxy gets, however short it asks for:
 	// what lives less is renewed all the time.
 	shortest = time.Minute
@@ -144,6 +147,10 @@ func (s *Service) verifierOf(from *source) (verifier, error) {
 	r := newReviews(s.metrics.reviews.WithLabelValues(from.name), func(ctx context.Context, token string) (kube.Account, error) {
 		return s.clusters.Review(ctx, from.name, token, s.cfg.Audiences)
 	})
+	r.tell = func(err error) {
+		s.log.LogAttrs(context.Background(), slog.LevelWarn, "a cluster gives no answers about tokens: its proxies get no certificates and are told to come again",
+			slog.String("cluster", from.name), slog.String("error", err.Error()))
+	}
 	return r, s.metrics.watch(from.name, r.breaker)
 }
 
@@ -326,7 +333,9 @@ func (s *Service) refuse(ctx context.Context, caller *kube.Account, req *istiov1
 			line.Target.SPIFFEID = id.String()
 		}
 	}
-	if aerr := s.audit.Record(context.WithoutCancel(ctx), line); aerr != nil {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordWithin)
+	defer cancel()
+	if aerr := s.audit.Record(ctx, line); aerr != nil {
 		return fault.Wrap(fault.NotReady, aerr, fault.ReasonOf(aerr), "the audit log can't be written: retry")
 	}
 	return err
