@@ -102,6 +102,8 @@ const (
 	defaultAudience  = "istio-ca"
 	defaultClusterID = "Kubernetes"
 	defaultRate      = 50
+	// plaintextPort is the one that istio-agent takes for plaintext.
+	plaintextPort = "15010"
 )
 
 // On says whether there is a mesh to serve.
@@ -184,8 +186,11 @@ func (c Config) Check(clusters kube.Config) error {
 }
 
 func (c Config) checkListener() error {
-	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+	switch _, port, err := net.SplitHostPort(c.Listen); {
+	case err != nil:
 		return bad("istio.listen is not an address with a port: set istio.listen: :8444")
+	case port == plaintextPort:
+		return bad("istio.listen has the port %s, to which proxies talk without TLS and would show their tokens to everybody: set istio.listen: :8444", plaintextPort)
 	}
 	if len(c.DNSNames)+len(c.IPAddresses) == 0 {
 		return bad("istio.dns_names is missing: set the name by which proxies reach the server, such as [assay-server.assay.svc]")

@@ -35,6 +35,7 @@ func TestConfigThatCannotBeHonoured(t *testing.T) {
 			c.TrustedNodeAccounts = []string{"istio-system/ztunnel"}
 			oidc(OIDCConfig{JWKSFile: "/etc/jwks"})(c, k)
 		}, "leave trusted_node_accounts out"},
+		"plaintext port":    {func(c *Config, _ *kube.Config) { c.Listen = ":15010" }, "without TLS"},
 		"no port":           {func(c *Config, _ *kube.Config) { c.Listen = "ca" }, "istio.listen: :8444"},
 		"no name":           {func(c *Config, _ *kube.Config) { c.DNSNames = nil }, "assay-server.assay.svc"},
 		"an address alone":  {func(c *Config, _ *kube.Config) { c.DNSNames, c.IPAddresses = nil, []string{"192.0.2.1"} }, ""},

@@ -79,7 +79,7 @@ func peek(text string, audiences []string) (token, error) {
 		Audience texts   `json:"aud"`
 		Expires  float64 `json:"exp"`
 	}
-	if !decode(parts[1], &says) {
+	if _, err := base64.RawURLEncoding.Strict().DecodeString(parts[2]); err != nil || !decode(parts[1], &says) {
 		return token{}, malformed
 	}
 	if _, _, ok := kube.SplitSubject(says.Subject); !ok {

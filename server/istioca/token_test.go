@@ -45,6 +45,8 @@ func TestTokensNobodyWouldTakeAreNotAskedAbout(t *testing.T) {
 			{"authorization", "Bearer a.b"},
 			{"authorization", "Bearer " + good + ".x"},
 			{"authorization", "Bearer " + encoded(header, claims) + "."},
+			{"authorization", "Bearer " + encoded(header, claims) + ".\xff\xfe"},
+			{"authorization", "Bearer " + encoded(header, claims) + ".a b"},
 			{"authorization", "Bearer " + encoded(`[]`, claims, "sig")},
 			{"authorization", "Bearer " + encoded(header, `{"aud":1}`, "sig")},
 			{"authorization", "Bearer " + encoded(header, strings.Repeat("[", 10000), "sig")},
