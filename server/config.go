@@ -139,8 +139,8 @@ type LimitsConfig struct {
 	// very many agents come through one NAT. Default 256.
 	AnonymousConnections int `yaml:"unauthenticated_connections_per_address"`
 	// MeshConnections is how many connections to istio.listen one address may
-	// have. Raise it where more proxies than that come through one NAT. Default
-	// 4096.
+	// have, where an IPv6 network of 64 bits is one. Raise it where more proxies
+	// than that come through one NAT, or from one such network. Default 4096.
 	MeshConnections int `yaml:"mesh_connections_per_address"`
 	// AttestRate is how many attestations per second one address may begin; it
 	// may save up ten seconds' worth. Default 50.

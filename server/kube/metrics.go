@@ -11,6 +11,7 @@ type collector struct {
 	clusters             *Clusters
 	usable, nodes, known *prometheus.Desc
 	published, rootMaps  *prometheus.Desc
+	rootMapWrites        *prometheus.Desc
 }
 
 // Register adds the metrics of the clusters, if there are any.
@@ -29,12 +30,15 @@ func (c *Clusters) Register(reg prometheus.Registerer) error {
 		rootMaps: prometheus.NewDesc("assay_istio_root_config_maps",
 			"Namespaces of the cluster, by whether their ConfigMap istio-ca-root-cert has the trust bundle (current) or not (behind; at least 1 while that can't be watched); no series without root_config_maps.",
 			[]string{"cluster", "state"}, nil),
+		rootMapWrites: prometheus.NewDesc("assay_istio_root_config_map_writes_total",
+			"How often a ConfigMap istio-ca-root-cert of the cluster was made or changed: once for each namespace and set of roots, unless somebody takes it back; no series without root_config_maps.",
+			[]string{"cluster"}, nil),
 	})
 }
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known, c.published, c.rootMaps} {
+	for _, d := range []*prometheus.Desc{c.usable, c.nodes, c.known, c.published, c.rootMaps, c.rootMapWrites} {
 		ch <- d
 	}
 }
@@ -60,6 +64,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		}
 		if cl.rootMaps != nil {
 			current, behind := cl.rootMaps.count()
+			ch <- prometheus.MustNewConstMetric(c.rootMapWrites, prometheus.CounterValue, float64(cl.rootMaps.written()), name)
 			ch <- prometheus.MustNewConstMetric(c.rootMaps, prometheus.GaugeValue, float64(current), name, "current")
 			ch <- prometheus.MustNewConstMetric(c.rootMaps, prometheus.GaugeValue, float64(behind), name, "behind")
 		}

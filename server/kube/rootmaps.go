@@ -53,6 +53,8 @@ type rootMaps struct {
 	synced     [2]bool              // namespaces and ConfigMaps
 	open       [2]int               // watches of either
 
+	writes uint64 // that the API server took
+
 	// What was told.
 	published string               // the roots that were in all namespaces
 	told      map[string]time.Time // when a warning was, by what it is about
@@ -218,6 +220,7 @@ func (m *rootMaps) keep(ctx context.Context, namespace string, log *slog.Logger)
 		m.queue.Forget(namespace)
 		m.mu.Lock()
 		m.wrote[namespace] = lastWrite{at: time.Now(), sum: sum, undone: m.wrote[namespace].undone}
+		m.writes++
 		m.mu.Unlock()
 	case apierrors.IsNotFound(err) || apierrors.IsAlreadyExists(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
 		// Something has happened of which the watch will tell.
@@ -278,7 +281,7 @@ func (m *rootMaps) due(about string) bool {
 }
 
 // report logs that all namespaces have the roots, once for each set of roots and
-// after each failure, and that somebody else keeps writing there.
+// after each failure, and that somebody else keeps taking them back.
 func (m *rootMaps) report(ctx context.Context, log *slog.Logger) {
 	m.mu.Lock()
 	_, failed := m.told["failed"]
@@ -286,7 +289,7 @@ func (m *rootMaps) report(ctx context.Context, log *slog.Logger) {
 	m.contested = ""
 	m.mu.Unlock()
 	if contested != "" && m.due("contested") {
-		log.LogAttrs(ctx, slog.LevelWarn, "somebody else keeps changing the roots of the mesh: set ENABLE_CA_SERVER=false of istiod",
+		log.LogAttrs(ctx, slog.LevelWarn, "somebody else keeps changing or deleting the roots of the mesh: set ENABLE_CA_SERVER=false of istiod, and keep what prunes or sets labels away from that ConfigMap",
 			slog.String("cluster", m.cluster), slog.String("namespace", contested))
 	}
 	if !news {
@@ -322,6 +325,12 @@ func (m *rootMaps) count() (current, behind int) {
 		behind = max(behind, 1)
 	}
 	return current, behind
+}
+
+func (m *rootMaps) written() uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.writes
 }
 
 func (m *rootMaps) setOpen(which int, is bool) {
@@ -378,7 +387,9 @@ func (m *rootMaps) setMap(c *corev1.ConfigMap) {
 	held := rootMapOf(c)
 	m.held[c.Namespace] = held
 	m.look(c.Namespace)
-	m.notice(c.Namespace, held)
+	if !m.good(held) && (held.sum != m.wrote[c.Namespace].sum || !held.labeled) {
+		m.undone(c.Namespace)
+	}
 }
 
 const (
@@ -386,11 +397,12 @@ const (
 	undoneTimes  = 3
 )
 
-// notice counts what is taken back soon after it was written.
-func (m *rootMaps) notice(namespace string, held rootMap) {
+// undone counts what is taken back soon after it was written: changed, unlabeled or
+// deleted.
+func (m *rootMaps) undone(namespace string) {
 	last, ours := m.wrote[namespace]
 	switch {
-	case !ours || held.sum == last.sum || m.good(held):
+	case !ours || m.namespaces[namespace]: // one that is going takes it along
 		return
 	case time.Since(last.at) > undoneWithin:
 		last.undone = 0
@@ -407,6 +419,7 @@ func (m *rootMaps) dropMap(c *corev1.ConfigMap) {
 	defer m.mu.Unlock()
 	delete(m.held, c.Namespace)
 	m.look(c.Namespace)
+	m.undone(c.Namespace)
 }
 
 func (m *rootMaps) replaceMaps(all []*corev1.ConfigMap) {

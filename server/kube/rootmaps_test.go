@@ -175,6 +175,45 @@ func TestAnotherWriterIsNoticed(t *testing.T) {
 	})
 }
 
+// So is who takes the label away, or deletes it again and again; a namespace that is
+// going takes it along, and what happens once is no fight.
+func TestWhoTakesTheRootsAwayIsNoticed(t *testing.T) {
+	for name, c := range map[string]struct {
+		undo  func(*rootMaps)
+		fight bool
+	}{
+		"pruned":  {func(m *rootMaps) { m.setMap(rootMapIn("a", "one", "")) }, true},
+		"deleted": {func(m *rootMaps) { m.dropMap(rootMapIn("a", "one", "true")) }, true},
+		"deleted with its namespace": {func(m *rootMaps) {
+			m.setNamespace(namespaceNamed("a", corev1.NamespaceTerminating))
+			m.dropMap(rootMapIn("a", "one", "true"))
+		}, false},
+		"now and then": {func(m *rootMaps) {
+			time.Sleep(undoneWithin + time.Second)
+			m.dropMap(rootMapIn("a", "one", "true"))
+		}, false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			m := newTestRootMaps(t)
+			var log bytes.Buffer
+			m.publish("one")
+			m.replaceNamespaces([]*corev1.Namespace{namespaceNamed("a", "")})
+			m.replaceMaps(nil)
+			for range 2 * undoneTimes {
+				m.mu.Lock()
+				m.wrote["a"] = lastWrite{at: time.Now(), sum: m.sum, undone: m.wrote["a"].undone}
+				m.mu.Unlock()
+				m.setMap(rootMapIn("a", "one", "true"))
+				c.undo(m)
+				m.report(t.Context(), slog.New(slog.NewTextHandler(&log, nil)))
+			}
+			if n := strings.Count(log.String(), "somebody else"); n != 0 != c.fight || n > 1 {
+				t.Errorf("%s: told %d times: %s", name, n, log.String())
+			}
+		})
+	}
+}
+
 // rootMapAPI notes what is written, and refuses it if it has a status to.
 type rootMapAPI struct {
 	t      *testing.T
@@ -219,6 +258,9 @@ func TestRootMapsAreWritten(t *testing.T) {
 	keep("a")
 	keep("b")
 	keep("b") // too soon
+	if n := m.written(); n != 2 {
+		t.Errorf("%d writes are counted", n)
+	}
 	if want := "[POST /api/v1/namespaces/a/configmaps PATCH /api/v1/namespaces/b/configmaps/istio-ca-root-cert]"; fmt.Sprint(a.asked) != want {
 		t.Fatalf("asked %v, want %s", a.asked, want)
 	}
