@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"context"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -133,7 +132,7 @@ openssl x509 -req -in $0.csr -CA nodes-ca.pem -CAkey nodes-ca.key -days 30 -out 
 // wantIdentity fetches what the agent has for this process.
 func wantIdentity(t *testing.T, a *harness.Agent, want ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := patient(t, 20*time.Second)
 	defer cancel()
 	svids, err := workloadapi.FetchX509SVIDs(ctx, workloadapi.WithAddr(a.Endpoint()))
 	if err != nil {

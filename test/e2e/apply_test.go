@@ -8,10 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // applied is what `assay entry apply -o json` prints.
@@ -69,12 +67,7 @@ func TestEntriesOfAFile(t *testing.T) {
 	t.Setenv("SPIFFE_ENDPOINT_SOCKET", a.Endpoint())
 	fetched := func(want ...string) {
 		t.Helper()
-		a.Eventually(10*time.Second, "the identities", func() error {
-			if got := identities(t, filepath.Join(s.Bins, "assay")); !slices.Equal(got, want) {
-				return fmt.Errorf("the workload got %q", got)
-			}
-			return nil
-		})
+		wantIdentities(t, a, filepath.Join(s.Bins, "assay"), want...)
 	}
 	fetched("/one", "/two")
 

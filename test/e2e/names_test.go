@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"io"
 	"strings"
@@ -41,7 +40,8 @@ func TestNamesAtTheEdge(t *testing.T) {
 				t.Errorf("the longest ID is not listed whole: %s", out)
 			}
 
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			s.CLI("wait", "--all-agents")
+			ctx, cancel := patient(t, time.Minute)
 			defer cancel()
 			client, err := workloadapi.New(ctx, workloadapi.WithAddr(a.Endpoint()))
 			if err != nil {

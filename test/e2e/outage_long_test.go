@@ -46,7 +46,7 @@ func newOutage(t *testing.T) *outage {
 	o.a = o.site.NewAgent("agent")
 	o.a.Start(o.a.Join())
 	o.site.CreateEntry(o.a.ID, "spiffe://example.org/w")
-	if _, err := o.fetch(); err != nil {
+	if _, err := fetch(t, o.a, 30*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	o.site.Server.Stop(syscall.SIGKILL)

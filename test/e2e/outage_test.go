@@ -14,9 +14,20 @@ import (
 	"github.com/seed-caa81108/assay/test/harness"
 )
 
+// patient is a context for a call whose entry may be on its way still: an agent
+// holds who tells it no deadline for longest.
+func patient(t *testing.T, limit time.Duration) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	timer := time.AfterFunc(limit, cancel)
+	return ctx, func() {
+		timer.Stop()
+		cancel()
+	}
+}
+
 func fetch(t *testing.T, a *harness.Agent, limit time.Duration) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	ctx, cancel := patient(t, limit)
 	defer cancel()
 	svid, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(a.Endpoint()))
 	if err != nil {

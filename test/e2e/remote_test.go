@@ -63,6 +63,7 @@ func TestRemoteOperator(t *testing.T) {
 			t.Errorf("assay %v: exit %d, %s", verb, code, stderr)
 		}
 	}
+	s.CLI("wait", "--all-agents")
 	s.CLI("svid", "fetch", "--socket", a.Endpoint(), "--hint", "web")
 
 	refused("local_only", "token", "create")

@@ -117,7 +117,7 @@ func TestStatusCodes(t *testing.T) {
 	)
 	for _, r := range rows {
 		t.Run(r.method+"/"+r.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(metadata.NewOutgoingContext(t.Context(), r.md), time.Second)
+			ctx, cancel := context.WithTimeout(metadata.NewOutgoingContext(t.Context(), r.md), 20*time.Second)
 			defer cancel()
 			if _, got := call(ctx, conn, r.method, r.body); got != r.want {
 				t.Errorf("%v, want %v", got, r.want)
