@@ -52,7 +52,7 @@ func joinUnderKill(t *testing.T, point string) {
 
 	thief := s.NewAgent("thief")
 	thief.Launch(token)
-	thief.Eventually(15*time.Second, "the refusal", func() error {
+	thief.Eventually(time.Minute, "the refusal", func() error {
 		log, err := os.ReadFile(s.File("thief.log"))
 		if err == nil && !bytes.Contains(log, []byte("join_token_invalid")) {
 			err = fmt.Errorf("not refused yet")
@@ -67,7 +67,7 @@ func awaitKill(t *testing.T, p *harness.Process, point string) {
 	t.Helper()
 	select {
 	case <-p.Done():
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatalf("the server never came to %s", point)
 	}
 	if p.ExitCode() != -1 {

@@ -89,6 +89,7 @@ func TestARotationOutlivesItsCommand(t *testing.T) {
 			return st.Rotation.OperationID != last && st.Rotation.Phase == phase && len(st.Rotation.Waits) > 0
 		}
 		f.until("the gate", at)
+		sleeper.Signal(syscall.SIGSTOP) // it keeps the second gate shut too
 		command.Stop(syscall.SIGKILL)
 		if command.ExitCode() != -1 {
 			t.Errorf("%s: the command did not wait for the end", phase)

@@ -71,13 +71,11 @@ func renewUnderRestarts(t *testing.T, rotations int) {
 	s.StartServer()
 	renewed(rotations - 3)
 
+	h.enough(rotations * 100)
 	h.stop()
 	t.Logf("%d renewals, %d handshakes", rotations, h.done.Load())
 	if n := h.failed.Load(); n > 0 {
 		t.Errorf("%d of %d handshakes failed, first: %v", n, h.done.Load()+n, h.first)
-	}
-	if h.done.Load() < int64(rotations)*100 {
-		t.Errorf("only %d handshakes: the test proves nothing", h.done.Load())
 	}
 }
 
@@ -93,6 +91,7 @@ func serial(t *testing.T, source *workloadapi.X509Source) string {
 // handshakes makes mutual-TLS connections without pause, both ends with the
 // workload's own SVID.
 type handshakes struct {
+	t            *testing.T
 	done, failed atomic.Int64
 	first        error
 	once         sync.Once
@@ -120,7 +119,7 @@ func startHandshakesBetween(t *testing.T, server, client identity, pause time.Du
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	h := &handshakes{}
+	h := &handshakes{t: t}
 	fail := func(err error) {
 		h.failed.Add(1)
 		h.once.Do(func() { h.first = err })
@@ -162,6 +161,21 @@ func startHandshakesBetween(t *testing.T, server, client identity, pause time.Du
 	}
 	t.Cleanup(h.stop)
 	return h
+}
+
+// enough waits until there were n good handshakes: fewer prove nothing.
+func (h *handshakes) enough(n int) {
+	h.t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(time.Minute); h.done.Load() < int64(n); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			h.t.Errorf("only %d handshakes, %d failed: the test proves nothing", h.done.Load(), h.failed.Load())
+			return
+		}
+	}
 }
 
 func shakeHands(addr string, cfg *tls.Config) error {
