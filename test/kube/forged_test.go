@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -229,6 +230,17 @@ func TestTokensThatMakeNoAgent(t *testing.T) {
 	gone := s.Run(Pod{Name: "gone", Node: node.Name, Account: "assay-agent"})
 	goneToken := s.Token("assay-agent", audience, gone)
 	s.Delete(gone)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := poll(ctx, nil, func() error { // the API server's own view follows
+		got, err := review(ctx, s, goneToken, audience)
+		if err == nil && got.Authenticated {
+			err = errors.New("the token of a deleted pod is valid")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 	for name, bad := range map[string]string{
 		"another ServiceAccount's":   s.Token("web", audience, web),
 		"for the API server":         s.Token("assay-agent", "", agentPod),

@@ -107,8 +107,8 @@ func TestIdentitiesOutlastTheAPIServer(t *testing.T) {
 	}
 	usable(0)
 	s.Restart(t)
-	b.WaitReady(b.Ops)
 	usable(1)
+	b.WaitReady(b.Ops)
 	next := s.Run(Pod{Name: "web-3", Node: node.Name, Account: "web"})
 	cg.start(next, a.Endpoint()).await("svid")
 }

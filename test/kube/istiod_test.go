@@ -120,9 +120,12 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 	if first.Type != corev1.SecretTypeTLS || !bytes.HasPrefix(first.Data["tls.key"], []byte("-----BEGIN PRIVATE KEY-----")) || len(pair.Certificate) != 2 {
 		t.Errorf("a Secret of type %s, with %d certificates", first.Type, len(pair.Certificate))
 	}
-	if got := harness.Metric(t, site.Ops, `assay_istio_istiod_certificate_not_after_timestamp_seconds{cluster="test"}`); got != float64(pair.Leaf.NotAfter.Unix()) {
-		t.Errorf("the metric has %v, the certificate %v", got, pair.Leaf.NotAfter)
-	}
+	site.Server.Eventually(time.Minute, "the metric", func() error { // which follows the Secret
+		if got := harness.Metric(t, site.Ops, `assay_istio_istiod_certificate_not_after_timestamp_seconds{cluster="test"}`); got != float64(pair.Leaf.NotAfter.Unix()) {
+			return fmt.Errorf("it has %v, the certificate %v", got, pair.Leaf.NotAfter)
+		}
+		return nil
+	})
 	_, renewed := c.await("half of its life", other(first))
 
 	secrets := s.Core.Secrets(s.Namespace)

@@ -11,10 +11,12 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	authenticationclient "k8s.io/client-go/kubernetes/typed/authentication/v1"
+	authorizationclient "k8s.io/client-go/kubernetes/typed/authorization/v1"
 	coreclient "k8s.io/client-go/kubernetes/typed/core/v1"
 	rbacclient "k8s.io/client-go/kubernetes/typed/rbac/v1"
 )
@@ -73,7 +75,7 @@ func (c *Cluster) space(t testing.TB, namespace metav1.ObjectMeta) *Space {
 }
 
 // Account makes a service account that may do what rules say, in the whole
-// cluster.
+// cluster, from when it returns.
 func (s *Space) Account(name string, rules ...rbacv1.PolicyRule) *corev1.ServiceAccount {
 	s.t.Helper()
 	account, err := s.Core.ServiceAccounts(s.Namespace).Create(s.t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
@@ -100,7 +102,48 @@ func (s *Space) Account(name string, rules ...rbacv1.PolicyRule) *corev1.Service
 	s.cleanup("role binding", func(ctx context.Context) error {
 		return s.roles.ClusterRoleBindings().Delete(ctx, meta.Name, metav1.DeleteOptions{})
 	})
+	s.awaitRights(name, rules)
 	return account
+}
+
+// awaitRights waits until the API server goes by the role of an account, so that
+// a refusal is not for rights that come in a moment.
+func (s *Space) awaitRights(account string, rules []rbacv1.PolicyRule) {
+	s.t.Helper()
+	client, err := authorizationclient.NewForConfig(s.Config(s.AdminToken))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	allowed := func(of authorizationv1.ResourceAttributes) {
+		s.t.Helper()
+		review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
+			User: "system:serviceaccount:" + s.Namespace + ":" + account, ResourceAttributes: &of,
+		}}
+		if err := poll(ctx, nil, func() error {
+			answer, err := client.SubjectAccessReviews().Create(ctx, review, metav1.CreateOptions{})
+			if err == nil && !answer.Status.Allowed {
+				err = fmt.Errorf("%+v is not allowed", of)
+			}
+			return err
+		}); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	for _, rule := range rules {
+		names := rule.ResourceNames
+		if len(names) == 0 {
+			names = []string{""}
+		}
+		for _, resource := range rule.Resources {
+			for _, name := range names {
+				for _, verb := range rule.Verbs {
+					allowed(authorizationv1.ResourceAttributes{Group: rule.APIGroups[0], Resource: resource, Name: name, Verb: verb})
+				}
+			}
+		}
+	}
 }
 
 // as is a client of who has token.
