@@ -119,6 +119,7 @@ type source struct {
 	subscribed int
 	sent       []*cache.Snapshot
 	taken      *cache.Snapshot // the last one that a stream asked for
+	waits      int             // how often a stream waited for a change
 	selectors  selector.Set
 	unheard    *cache.Snapshot // what there is by the time that a caller waits no longer
 }
@@ -187,7 +188,18 @@ func (s *subscription) Hurry() {
 
 func (s *subscription) Selectors() selector.Set { return s.set }
 
-func (s *subscription) Changed() <-chan struct{} { return s.changed }
+func (s *source) waited() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waits
+}
+
+func (s *subscription) Changed() <-chan struct{} {
+	s.source.mu.Lock()
+	defer s.source.mu.Unlock()
+	s.source.waits++
+	return s.changed
+}
 
 func (s *subscription) Snapshot() (*cache.Snapshot, error) {
 	s.source.mu.Lock()
