@@ -74,14 +74,18 @@ func await(t *testing.T, told chan error) error {
 	select {
 	case err := <-told:
 		return err
-	case <-time.After(5 * time.Second): // NEG-44
-		t.Fatal("nothing happened for 5 s")
+	case <-time.After(time.Minute):
+		t.Fatal("nothing happened for a minute")
 		return nil
 	}
 }
 
-// NEG-44: a removed socket is back within 5 s; what was accepted goes on.
+// NEG-44: a removed socket is back within 5 s, by how often it is looked at, as
+// the machine may be busy with others; what was accepted goes on.
 func TestRemovedSocketIsPutBackUnderItsConnections(t *testing.T) {
+	if keepEvery > 5*time.Second/2 {
+		t.Errorf("it is looked at every %v", keepEvery)
+	}
 	path := filepath.Join(t.TempDir(), "api.sock")
 	k, told := kept(t, path)
 	old := dialUnix(t, path)
@@ -110,7 +114,7 @@ func TestRemovedSocketIsPutBackUnderItsConnections(t *testing.T) {
 	}
 }
 
-// What is no socket is never removed; once it is gone, ours is back.
+// NEG-44: what is no socket is never removed; once it is gone, ours is back.
 func TestThingInTheSocketsPlaceIsLeftAloneAndToldOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "api.sock")
 	_, told := kept(t, path)
