@@ -294,10 +294,13 @@ func TestProxiesGoOnOverRenewalsRestartsAndANewRoot(t *testing.T) {
 	st := f.until("the end of the rotation", ended("done"))
 	for i, p := range proxies {
 		p.until("the one new root", func() bool { return len(p.bundle.X509Authorities()) == 1 })
-		if id := fmt.Sprintf("%x", p.bundle.X509Authorities()[0].SubjectKeyId); id != st.Rotation.To {
+		p.mu.Lock()
+		svid, bundle := p.svid, p.bundle
+		p.mu.Unlock()
+		if id := fmt.Sprintf("%x", bundle.X509Authorities()[0].SubjectKeyId); id != st.Rotation.To {
 			t.Errorf("proxy %d trusts %s, not %s", i, id, st.Rotation.To)
 		}
-		if _, _, err := x509svid.Verify(p.svid.Certificates, p.bundle); err != nil {
+		if _, _, err := x509svid.Verify(svid.Certificates, bundle); err != nil {
 			t.Errorf("proxy %d: %v", i, err)
 		}
 	}
