@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
+	"fmt"
 	"math/big"
 	"net"
 	"net/url"
@@ -24,6 +25,7 @@ import (
 	"github.com/seed-caa81108/assay/pkg/fault"
 	"github.com/seed-caa81108/assay/pkg/rpc"
 	agentv1 "github.com/seed-caa81108/assay/proto/agent/v1"
+	"github.com/seed-caa81108/assay/test/harness"
 )
 
 var (
@@ -56,7 +58,11 @@ type fake struct {
 
 func newFake(t *testing.T, entries ...*agentv1.Entry) *fake {
 	t.Helper()
-	f := &fake{key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), entries: entries, addr: "127.0.0.1:0", token: "the token"}
+	var ports harness.Ports // nobody else gets one while the server is away
+	f := &fake{
+		key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)), entries: entries,
+		addr: fmt.Sprintf("127.0.0.1:%d", ports.Free(t)), token: "the token",
+	}
 	sum := sha256.Sum256(must(x509.MarshalPKIXPublicKey(&f.key.PublicKey)))
 	f.cert = f.sign(&x509.Certificate{
 		Subject: pkix.Name{CommonName: "root"}, IsCA: true, KeyUsage: x509.KeyUsageCertSign, SubjectKeyId: sum[:20],
@@ -103,7 +109,6 @@ func (f *fake) start(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.addr = lis.Addr().String() // the same one after a restart
 	go func(s *grpc.Server) { _ = s.Serve(lis) }(f.server)
 }
 

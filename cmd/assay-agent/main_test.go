@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"github.com/seed-caa81108/assay/pkg/daemon"
+	"github.com/seed-caa81108/assay/test/harness"
 )
 
 const childVariable = "ASSAY_AGENT_TEST_CHILD"
@@ -40,12 +40,8 @@ func execute(t *testing.T, args ...string) (code int, stdout, stderr string) {
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+	var ports harness.Ports
+	return fmt.Sprintf("127.0.0.1:%d", ports.Free(t))
 }
 
 func writeConfig(t *testing.T, text string) string {

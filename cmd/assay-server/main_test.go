@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/seed-caa81108/assay/pkg/daemon"
+	"github.com/seed-caa81108/assay/test/harness"
 )
 
 const childVariable = "ASSAY_SERVER_TEST_CHILD"
@@ -68,12 +69,8 @@ metrics:
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+	var ports harness.Ports
+	return fmt.Sprintf("127.0.0.1:%d", ports.Free(t))
 }
 
 func TestValidate(t *testing.T) {

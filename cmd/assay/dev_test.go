@@ -41,7 +41,7 @@ type runningDev struct {
 // startDev starts `assay dev` and waits until it says that all is ready.
 func startDev(t *testing.T, dir string) runningDev {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	ready, stdout := io.Pipe()
 	var stderr bytes.Buffer
 	done := make(chan int, 1)

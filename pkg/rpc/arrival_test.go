@@ -21,7 +21,7 @@ import (
 // wants.
 func TestCallsWhoseMessageDoesNotComeEnd(t *testing.T) {
 	lis, target := unixListener(t)
-	const limit = 200 * time.Millisecond
+	const limit = time.Second // busy machines take long from the headers to the message
 	svc := &service{
 		bundle: func(context.Context) (*agentv1.BundleResponse, error) { return &agentv1.BundleResponse{}, nil },
 		sync: func(stream grpc.BidiStreamingServer[agentv1.SyncRequest, agentv1.SyncResponse]) error {
@@ -45,13 +45,13 @@ func TestCallsWhoseMessageDoesNotComeEnd(t *testing.T) {
 	}
 	defer conn.Close()
 	for _, method := range []string{bundleMethod, syncMethod} {
+		began := time.Now()
 		half, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
 		if err != nil {
 			t.Fatal(err)
 		}
-		began := time.Now()
 		err = half.RecvMsg(&agentv1.BundleResponse{})
-		if status.Code(err) != codes.Canceled || time.Since(began) < limit/2 {
+		if status.Code(err) != codes.Canceled || time.Since(began) < limit {
 			t.Errorf("%s: after %v: %v", method, time.Since(began), err)
 		}
 	}
