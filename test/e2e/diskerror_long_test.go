@@ -155,7 +155,7 @@ func TestDiskErrorWhileATokenIsRedeemed(t *testing.T) {
 // NEG-53: the record of a certificate that an agent was issued. It is handed out
 // with its record or not at all, and the agent goes on.
 func TestDiskErrorWhileACertificateIsRecorded(t *testing.T) {
-	s := newSite(t, shortTTL+"attestation:\n  agent_svid_ttl: 12s\n  rejoin_window: 0s\n")
+	s := newSite(t, shortTTL+"attestation:\n  agent_svid_ttl: 20s\n  rejoin_window: 0s\n")
 	s.StartServer()
 	a := s.NewAgent("agent")
 	a.Start(a.Join())

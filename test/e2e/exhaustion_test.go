@@ -289,7 +289,7 @@ func TestFloodOfStrangersDelaysNobody(t *testing.T) {
 			t.Errorf("%s is %v", series, n)
 		}
 	}
-	s.Server.Eventually(time.Minute, "the end of the silent and the slow", func() error {
+	s.Server.Eventually(3*time.Minute, "the end of the silent and the slow", func() error {
 		if silent.Load() < 5000 || cut.Load() == 0 || refused.Load() < 1000 {
 			return fmt.Errorf("%d of 5000 are closed, %d attestations cut off, %d refused", silent.Load(), cut.Load(), refused.Load())
 		}

@@ -31,10 +31,13 @@ func TestReleasesOfGoSPIFFEFollow(t *testing.T) {
 	if err != nil || len(modules) < 3 {
 		t.Fatalf("modules %v, %v", modules, err)
 	}
-	followers := map[string]*bufio.Scanner{}
+	programs, followers := map[string]string{}, map[string]*bufio.Scanner{}
 	for _, module := range modules {
 		name := filepath.Base(module)
-		followers[name] = follow(t, name, a.Endpoint())
+		programs[name] = buildFollower(t, name)
+	}
+	for name, program := range programs {
+		followers[name] = follow(t, name, program, a.Endpoint())
 	}
 	all := func(want string) {
 		t.Helper()
@@ -68,16 +71,22 @@ func nextUpdate(lines *bufio.Scanner) string {
 	return "the end"
 }
 
-// follow builds the client of one module file and starts it.
-func follow(t *testing.T, module, endpoint string) *bufio.Scanner {
+// buildFollower builds the client of one module file.
+func buildFollower(t *testing.T, module string) (program string) {
 	t.Helper()
-	program := filepath.Join(buildRoot, "gospiffe-"+module)
+	program = filepath.Join(buildRoot, "gospiffe-"+module)
 	build := exec.Command("go", "build", "-modfile="+module, "-o", program, ".")
 	build.Dir = gospiffe
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build with %s: %v\n%s", module, err, out)
 	}
+	return program
+}
+
+// follow starts the client of one module file.
+func follow(t *testing.T, module, program, endpoint string) *bufio.Scanner {
+	t.Helper()
 	cmd := exec.Command(program)
 	cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+endpoint)
 	stdin, err := cmd.StdinPipe()
