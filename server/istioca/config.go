@@ -74,9 +74,9 @@ type ClusterConfig struct {
 	RootConfigMaps bool `yaml:"root_config_maps"`
 	// IstiodSecret is a Secret of the cluster, as namespace/name, in which the
 	// server keeps a certificate, its key and the trust bundle for istiod, whose
-	// pods mount it if its name is istiod-tls. The server needs the right to get
-	// and update it, and to create Secrets in that namespace. Whoever may read it
-	// can pass for istiod. Default none.
+	// pods mount it if its name is istiod-tls. It has to be there, of type Opaque or
+	// kubernetes.io/tls, and may be empty. The server needs the right to get and
+	// update it. Whoever may read it can pass for istiod. Default none.
 	IstiodSecret string `yaml:"istiod_secret"`
 	// IstiodDNSNames are by what proxies and the API server reach istiod. One with
 	// a revision has istiod-<revision>.<namespace>.svc besides. Default

@@ -135,7 +135,7 @@ type istiod struct {
 func NewIstiods(o IstiodOptions) (*Istiods, error) {
 	ends := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "assay_istio_istiod_certificate_not_after_timestamp_seconds",
-		Help: "When the certificate in istiod's Secret ends, in Unix time; 0 while it could not be put there. No series without istiod_secret.",
+		Help: "When the certificate in istiod's Secret ends, in Unix time; 0 while none could be put there, and while there is no Secret. No series without istiod_secret.",
 	}, []string{"cluster"})
 	if err := o.Registerer.Register(ends); err != nil {
 		return nil, err
@@ -179,7 +179,9 @@ func (i *istiod) run(ctx context.Context) {
 			return
 		}
 		if err != nil {
-			pause = wait.Next()
+			if fault.ReasonOf(err) != "kubernetes_secret_missing" { // else somebody makes it, and waits
+				pause = wait.Next()
+			}
 			i.tell(ctx, err)
 		} else {
 			wait.Reset()
@@ -207,6 +209,9 @@ func (i *istiod) tell(ctx context.Context, err error) {
 // a reason to.
 func (i *istiod) keep(ctx context.Context, bundle *ca.Bundle) error {
 	was, err := i.secrets.TLSSecret(ctx, i.cluster, i.namespace, i.secret)
+	if fault.ReasonOf(err) == "kubernetes_secret_missing" {
+		i.notAfter.Set(0) // what it had is gone with it
+	}
 	if err != nil {
 		return err
 	}

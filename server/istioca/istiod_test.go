@@ -127,6 +127,12 @@ type testSecret struct {
 	fails error
 }
 
+func (s *testSecret) delete() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held, s.fails = kube.TLSSecret{}, fault.New(fault.NotReady, "kubernetes_secret_missing", "there is no Secret istio-system/istiod-tls")
+}
+
 func (s *testSecret) setFails(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -379,6 +385,43 @@ func TestIstiodsTroubleIsTold(t *testing.T) {
 		<-done
 		if strings.Contains(i.log.String(), "PRIVATE") || strings.Contains(i.log.String(), string(i.secret.held.Key)) { // NEG-18
 			t.Error("the key is in the log")
+		}
+	})
+}
+
+// A Secret that is not there is told of and looked for, and nothing is signed
+// before it is there again.
+func TestASecretThatIsNotThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := newIstiodTest(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); i.run(ctx) }()
+		synctest.Wait()
+		if i.secret.written() != 1 || testutil.ToFloat64(i.notAfter) == 0 {
+			t.Errorf("written %d times, and the metric has %v", i.secret.written(), testutil.ToFloat64(i.notAfter))
+		}
+		for n := range 2 {
+			i.secret.delete()
+			time.Sleep(10*time.Minute + istiodAgain)
+			synctest.Wait()
+			if told := strings.Count(i.log.String(), "there is no Secret"); told < 10*(n+1) || told > 11*(n+1) {
+				t.Errorf("told %d times in ten minutes:\n%s", told, i.log)
+			}
+			if got := testutil.ToFloat64(i.notAfter); got != 0 || i.secret.written() != n+1 {
+				t.Errorf("written %d times, and the metric has %v", i.secret.written(), got)
+			}
+			i.secret.setFails(nil)
+			time.Sleep(istiodAgain)
+			synctest.Wait()
+			if i.secret.written() != n+2 || testutil.ToFloat64(i.notAfter) == 0 {
+				t.Errorf("made again it was written %d times, and the metric has %v", i.secret.written(), testutil.ToFloat64(i.notAfter))
+			}
+		}
+		cancel()
+		<-done
+		if n := len(i.signer.asked); n != 3 {
+			t.Errorf("%d certificates for a Secret that was there three times", n)
 		}
 	})
 }

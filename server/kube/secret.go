@@ -10,18 +10,20 @@ import (
 	"github.com/seed-caa81108/assay/pkg/fault"
 )
 
-// caKey is the key of the authorities in a Secret of type kubernetes.io/tls.
+// caKey is the key of the authorities, beside those of type kubernetes.io/tls.
 const caKey = "ca.crt"
 
-// TLSSecret is what a Secret of type kubernetes.io/tls has, in PEM. It is never
-// logged.
+// TLSSecret is what a Secret has under the keys of type kubernetes.io/tls, in PEM.
+// It is never logged.
 type TLSSecret struct {
 	Chain, Key, Roots []byte
 
-	held *corev1.Secret // as it was read; nil: it is not there
+	held *corev1.Secret // as it was read
 }
 
-// TLSSecret reads a Secret. One that is not there is empty.
+// TLSSecret reads a Secret. One that is not there is an error, with reason
+// kubernetes_secret_missing: a right to make Secrets can't be one to a name, and
+// would be worth any ServiceAccount of the namespace.
 func (c *Clusters) TLSSecret(ctx context.Context, cluster, namespace, name string) (TLSSecret, error) {
 	cl := c.byName[cluster]
 	if cl == nil {
@@ -33,7 +35,7 @@ func (c *Clusters) TLSSecret(ctx context.Context, cluster, namespace, name strin
 	err := cl.api.core.Get().Namespace(namespace).Resource("secrets").Name(name).Do(ctx).Into(held)
 	switch {
 	case apierrors.IsNotFound(err):
-		return TLSSecret{}, nil
+		return TLSSecret{}, secretMissing(namespace, name)
 	case err != nil:
 		return TLSSecret{}, cl.api.unavailable(err, "get secrets "+name)
 	}
@@ -49,33 +51,31 @@ func (c *Clusters) PutTLSSecret(ctx context.Context, cluster, namespace, name st
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	made := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}, Type: corev1.SecretTypeTLS}
-	if was.held != nil {
-		made = was.held.DeepCopy()
+	changed := was.held.DeepCopy()
+	if changed.Type != corev1.SecretTypeOpaque && changed.Type != corev1.SecretTypeTLS {
+		return fault.New(fault.NotReady, "kubernetes_secret_type", "the Secret "+name+" has another type than Opaque or kubernetes.io/tls, which can't be changed: delete it, and make it anew")
 	}
-	if made.Type != corev1.SecretTypeTLS {
-		return fault.New(fault.NotReady, "kubernetes_secret_type", "the Secret "+name+" has another type than kubernetes.io/tls, which can't be changed: delete it")
+	if changed.Data == nil {
+		changed.Data = map[string][]byte{}
 	}
-	if made.Data == nil {
-		made.Data = map[string][]byte{}
-	}
-	made.Data[corev1.TLSCertKey], made.Data[corev1.TLSPrivateKeyKey], made.Data[caKey] = will.Chain, will.Key, will.Roots
-	right, err := "update secrets "+name, error(nil)
-	if was.held == nil {
-		right = "create secrets"
-		err = cl.api.core.Post().Namespace(namespace).Resource("secrets").Body(made).Do(ctx).Error()
-	} else {
-		err = cl.api.core.Put().Namespace(namespace).Resource("secrets").Name(name).Body(made).Do(ctx).Error()
-	}
+	changed.Data[corev1.TLSCertKey], changed.Data[corev1.TLSPrivateKeyKey], changed.Data[caKey] = will.Chain, will.Key, will.Roots
+	err := cl.api.core.Put().Namespace(namespace).Resource("secrets").Name(name).Body(changed).Do(ctx).Error()
 	switch {
-	case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
+	case apierrors.IsNotFound(err):
+		return secretMissing(namespace, name)
+	case apierrors.IsConflict(err):
 		return fault.Wrap(fault.Conflict, err, "kubernetes_conflict", "somebody else changed the Secret "+name+" at the same time: it is tried again")
 	case apierrors.IsInvalid(err):
 		// Not with its cause, which may quote what was sent.
-		return fault.New(fault.NotReady, "kubernetes_secret_refused", "the API server does not take the Secret "+name+": if it is immutable, delete it")
+		return fault.New(fault.NotReady, "kubernetes_secret_refused", "the API server does not take the Secret "+name+": if it is immutable, delete it, and make it anew")
 	case err != nil:
 		// Likewise: a webhook that denies it may quote it.
-		return cl.api.unavailable(&apierrors.StatusError{ErrStatus: metav1.Status{Reason: apierrors.ReasonForError(err), Message: "the API server answers " + string(apierrors.ReasonForError(err))}}, right)
+		return cl.api.unavailable(&apierrors.StatusError{ErrStatus: metav1.Status{Reason: apierrors.ReasonForError(err), Message: "the API server answers " + string(apierrors.ReasonForError(err))}}, "update secrets "+name)
 	}
 	return nil
+}
+
+func secretMissing(namespace, name string) error {
+	return fault.New(fault.NotReady, "kubernetes_secret_missing",
+		"there is no Secret "+namespace+"/"+name+", and the server makes none: kubectl -n "+namespace+" create secret generic "+name)
 }

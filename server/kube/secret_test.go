@@ -72,17 +72,30 @@ func TestASecretIsKept(t *testing.T) {
 		}
 		return err
 	}
+	missing := func(err error) {
+		t.Helper()
+		if fault.ReasonOf(err) != "kubernetes_secret_missing" || !strings.Contains(err.Error(), "kubectl -n istio-system create secret generic istiod-tls") {
+			t.Errorf("a Secret that is not there: %v", err)
+		}
+	}
+	_, err := c.TLSSecret(t.Context(), "prod", "istio-system", "istiod-tls")
+	missing(err)
+	s.held = &corev1.Secret{Type: corev1.SecretTypeOpaque}
 	none := read()
 	if len(none.Chain)+len(none.Key)+len(none.Roots) > 0 {
 		t.Errorf("there is %+v", none)
 	}
+	s.refuse = &metav1.Status{Code: 404, Reason: metav1.StatusReasonNotFound} // it went in between
+	missing(put(none, "kubernetes_secret_missing"))
+	s.refuse = nil
 	_ = put(none, "")
-	if s.held.Type != corev1.SecretTypeTLS || string(s.held.Data["tls.crt"]) != "chain" || string(s.held.Data["tls.key"]) != "CANARY-key" || string(s.held.Data["ca.crt"]) != "roots" {
+	if s.held.Type != corev1.SecretTypeOpaque || string(s.held.Data["tls.crt"]) != "chain" || string(s.held.Data["tls.key"]) != "CANARY-key" || string(s.held.Data["ca.crt"]) != "roots" {
 		t.Fatalf("made %+v", s.held)
 	}
+	s.held.Type = corev1.SecretTypeTLS
 	s.held.Data["tls.key"], s.held.Data["other"], s.held.Labels = nil, []byte("kept"), map[string]string{"kept": "true"}
 	_ = put(read(), "")
-	if string(s.held.Data["tls.key"]) != "CANARY-key" || string(s.held.Data["other"]) != "kept" || s.held.Labels["kept"] != "true" {
+	if s.held.Type != corev1.SecretTypeTLS || string(s.held.Data["tls.key"]) != "CANARY-key" || string(s.held.Data["other"]) != "kept" || s.held.Labels["kept"] != "true" {
 		t.Errorf("changed to %+v", s.held)
 	}
 	for _, refused := range []struct {
@@ -98,7 +111,7 @@ func TestASecretIsKept(t *testing.T) {
 			t.Errorf("the key is in %v", err)
 		}
 	}
-	s.held.Type = corev1.SecretTypeOpaque
+	s.held.Type = corev1.SecretTypeServiceAccountToken
 	_ = put(read(), "kubernetes_secret_type")
 	if _, err := c.TLSSecret(t.Context(), "other", "istio-system", "istiod-tls"); fault.ReasonOf(err) != "cluster_unknown" {
 		t.Errorf("another cluster: %v", err)

@@ -23,6 +23,7 @@ const chartDir = "../../deploy/helm/assay"
 var kinds = map[string]struct{ api, plural string }{
 	"ConfigMap":          {"/api/v1", "configmaps"},
 	"Pod":                {"/api/v1", "pods"},
+	"Secret":             {"/api/v1", "secrets"},
 	"Service":            {"/api/v1", "services"},
 	"ServiceAccount":     {"/api/v1", "serviceaccounts"},
 	"DaemonSet":          {"/apis/apps/v1", "daemonsets"},

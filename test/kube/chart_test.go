@@ -4,6 +4,7 @@ package kube
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -203,16 +204,16 @@ func TestTheChartHasForAMeshWhatIsWanted(t *testing.T) {
 	guide := decode(t, stdout)
 	site.Run("assay-server", "validate", "--config", site.Write("server.yaml", text(t, find(t, guide, "ConfigMap", "assay-server"), "data", "server.yaml")))
 	find(t, guide, "Role", "assay-server-istiod")
-	const listener, roots, secrets = "8444", "istio-ca-root-cert", "secrets]"
+	const listener, roots, secrets, made = "8444", "istio-ca-root-cert", "secrets]", "kind: Secret"
 	for _, c := range []struct {
 		flags     []string
 		has, lack []string
 	}{
-		{nil, nil, []string{listener, roots, secrets, "istio"}},
-		{[]string{"istio.rootConfigMaps=true", "istio.istiodSecret=istio-system/istiod-tls"}, nil, []string{listener, roots, secrets, "istio"}},
-		{[]string{"istio.enabled=true"}, []string{listener, "- assay-server.default.svc", "root_config_maps: false"}, []string{roots, secrets, "istiod_secret"}},
-		{[]string{"istio.enabled=true", "istio.rootConfigMaps=true"}, []string{roots, "root_config_maps: true"}, []string{secrets}},
-		{[]string{"istio.enabled=true", "istio.istiodSecret=mesh/tls"}, []string{secrets, "resourceNames: [tls]", "namespace: mesh", "istiod_secret: mesh/tls"}, []string{roots}},
+		{nil, nil, []string{listener, roots, secrets, made, "istio"}},
+		{[]string{"istio.rootConfigMaps=true", "istio.istiodSecret=istio-system/istiod-tls"}, nil, []string{listener, roots, secrets, made, "istio"}},
+		{[]string{"istio.enabled=true"}, []string{listener, "- assay-server.default.svc", "root_config_maps: false"}, []string{roots, secrets, made, "istiod_secret"}},
+		{[]string{"istio.enabled=true", "istio.rootConfigMaps=true"}, []string{roots, "root_config_maps: true"}, []string{secrets, made}},
+		{[]string{"istio.enabled=true", "istio.istiodSecret=mesh/tls"}, []string{secrets, made, "resourceNames: [tls]", "namespace: mesh", "istiod_secret: mesh/tls"}, []string{roots}},
 		{[]string{"istio.enabled=true", "networkPolicy.enabled=false"}, []string{listener}, []string{"namespaceSelector"}},
 	} {
 		got := render(c.flags...)
@@ -229,17 +230,19 @@ func TestTheChartHasForAMeshWhatIsWanted(t *testing.T) {
 	}
 }
 
+// helm runs helm against the space's cluster.
+func (s *Space) helm(t testing.TB, args ...string) {
+	t.Helper()
+	if stdout, stderr, err := helm(t, append(args, "--kubeconfig", s.Kubeconfig(s.AdminToken), "--namespace", s.Namespace)...); err != nil {
+		t.Fatalf("helm %s: %v\n%s%s", args[0], err, stdout, stderr)
+	}
+}
+
 // An upgrade leaves the trust bundle that the server wrote, and what is removed
 // is what was installed.
 func TestAnUpgradeKeepsTheBundle(t *testing.T) {
 	s := cluster.NewSpace(t)
-	kubeconfig := s.Kubeconfig(s.AdminToken)
-	run := func(args ...string) {
-		t.Helper()
-		if stdout, stderr, err := helm(t, append(args, "--kubeconfig", kubeconfig, "--namespace", s.Namespace)...); err != nil {
-			t.Fatalf("helm %s: %v\n%s%s", args[0], err, stdout, stderr)
-		}
-	}
+	run := func(args ...string) { t.Helper(); s.helm(t, args...) }
 	values := chartDir + "/ci/minimal.yaml"
 	run("install", "assay", chartDir, "-f", values)
 	held, err := s.Core.ConfigMaps(s.Namespace).Get(t.Context(), "assay-bundle", metav1.GetOptions{})
@@ -264,5 +267,81 @@ func TestAnUpgradeKeepsTheBundle(t *testing.T) {
 		if !apierrors.IsNotFound(err) {
 			t.Errorf("%s %s is left: %v", o.GetKind(), o.GetName(), err)
 		}
+	}
+}
+
+// istiod's Secret is made for the server, which writes into it. Upgrades, of a
+// helm that has the API server merge and of one that merges itself, leave what it
+// wrote; so does the end of the release, and the next one begins with it.
+func TestHelmLeavesIstiodsSecretAlone(t *testing.T) {
+	for name, c := range map[string]struct{ install, upgrade []string }{
+		"applied by the API server": {},
+		"merged by helm":            {[]string{"--server-side=false"}, []string{"--server-side=false"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := cluster.NewSpace(t)
+			values := append([]string{"assay", chartDir, "-f", chartDir + "/ci/minimal.yaml"}, s.withMesh()...)
+			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
+			secrets := s.Core.Secrets(s.Namespace)
+			held, err := secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{})
+			if err != nil || held.Type != corev1.SecretTypeOpaque || len(held.Data) > 0 {
+				t.Fatalf("made: %v, %v", held, err)
+			}
+			written := func() {
+				t.Helper()
+				held.Data = maps.Clone(noCertificate)
+				if held, err = secrets.Update(t.Context(), held, metav1.UpdateOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			stands := func(after string) {
+				t.Helper()
+				is, err := secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{})
+				if err != nil || is.UID != held.UID || string(is.Data["tls.key"]) != "none" || string(is.Data["tls.crt"]) != "none" {
+					t.Errorf("after %s: %v, %v", after, is, err)
+				}
+			}
+			upgrade := func(flags ...string) {
+				t.Helper()
+				s.helm(t, slices.Concat([]string{"upgrade"}, c.upgrade, values, flags)...)
+			}
+			written()
+			upgrade("--set", "bootstrap=", "--set", "image.tag=v2")
+			stands("an upgrade")
+			upgrade("--set", "image.tag=v2", "--set", "istio.istiodSecret=")
+			stands("an upgrade without it")
+			upgrade("--set", "image.tag=v3")
+			stands("one that has it again")
+			s.helm(t, "uninstall", "assay")
+			stands("the end of the release")
+			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
+			stands("the next release")
+
+			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			upgrade()
+			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
+				t.Fatalf("an upgrade does not make it anew: %v", err)
+			}
+			written()
+			upgrade()
+			stands("an upgrade of a new one")
+			s.helm(t, "uninstall", "assay")
+
+			// One that somebody else has made is not helm's, and of its own type.
+			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.makeSecret(t, corev1.SecretTypeTLS, noCertificate)
+			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
+			upgrade()
+			stands("an upgrade beside one that was there")
+			s.helm(t, "uninstall", "assay")
+			stands("the end of a release beside it")
+		})
 	}
 }

@@ -26,7 +26,30 @@ import (
 // istiodRules are the rights that istiod_secret needs besides serverRules.
 var istiodRules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{"istiod-tls"}, Verbs: []string{"get", "update"}},
-	{APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: []string{"create"}},
+}
+
+// makeSecret makes istiod's Secret as the chart does, or as who has another tool.
+func (s *Space) makeSecret(t testing.TB, kind corev1.SecretType, data map[string][]byte) {
+	t.Helper()
+	if _, err := s.Core.Secrets(s.Namespace).Create(t.Context(), &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "istiod-tls"}, Type: kind, Data: data,
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// noCertificate is good for the API server and for nobody else.
+var noCertificate = map[string][]byte{"tls.crt": []byte("none"), "tls.key": []byte("none")}
+
+// told waits until the server's log has what.
+func told(t *testing.T, site *harness.Site, what string) {
+	t.Helper()
+	site.Server.Eventually(90*time.Second, what, func() error {
+		if !strings.Contains(readFile(t, site.File("server.log")), what) {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 }
 
 // control is istiod's Secret in a space.
@@ -99,10 +122,11 @@ func other(was *corev1.Secret) func(*tls.Certificate, *corev1.Secret) error {
 }
 
 // IS-02: istiod's Secret has a certificate with its names, which is renewed by
-// itself, comes back when it is deleted or changed, and follows a rotation of the
+// itself, comes back when it is changed or made anew, and follows a rotation of the
 // root.
 func TestIstiodsSecretIsKept(t *testing.T) {
 	s := cluster.NewSpace(t)
+	s.makeSecret(t, corev1.SecretTypeOpaque, nil)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	site := s.siteWith(t, append(slices.Clone(serverRules), istiodRules...),
@@ -117,7 +141,7 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 		}
 	}
 	pair, first := c.await("at first", roots(1))
-	if first.Type != corev1.SecretTypeTLS || !bytes.HasPrefix(first.Data["tls.key"], []byte("-----BEGIN PRIVATE KEY-----")) || len(pair.Certificate) != 2 {
+	if first.Type != corev1.SecretTypeOpaque || !bytes.HasPrefix(first.Data["tls.key"], []byte("-----BEGIN PRIVATE KEY-----")) || len(pair.Certificate) != 2 {
 		t.Errorf("a Secret of type %s, with %d certificates", first.Type, len(pair.Certificate))
 	}
 	site.Server.Eventually(time.Minute, "the metric", func() error { // which follows the Secret
@@ -132,7 +156,12 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 	if err := secrets.Delete(ctx, "istiod-tls", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	_, again := c.await("deleted", other(renewed))
+	told(t, site, "kubectl -n "+s.Namespace+" create secret generic istiod-tls")
+	if got := harness.Metric(t, site.Ops, `assay_istio_istiod_certificate_not_after_timestamp_seconds{cluster="test"}`); got != 0 {
+		t.Errorf("while there is no Secret the metric has %v", got)
+	}
+	s.makeSecret(t, corev1.SecretTypeTLS, noCertificate)
+	_, again := c.await("made anew, of the other type", other(renewed))
 	edit, err := json.Marshal(map[string]any{"data": map[string]any{"tls.key": first.Data["tls.key"], "more": []byte("kept")}})
 	if err != nil {
 		t.Fatal(err)
@@ -197,20 +226,9 @@ func TestIstiodsSecretIsKept(t *testing.T) {
 // changed.
 func TestIstiodsSecretCannotBeKept(t *testing.T) {
 	s := cluster.NewSpace(t)
-	if _, err := s.Core.Secrets(s.Namespace).Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "istiod-tls"}}, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	s.makeSecret(t, "example.org/other", nil)
 	site := s.siteWith(t, append(slices.Clone(serverRules), istiodRules...), keeping(t, "istiod_secret: "+s.Namespace+"/istiod-tls"))
-	told := func(what string) {
-		t.Helper()
-		site.Server.Eventually(90*time.Second, what, func() error {
-			if !strings.Contains(readFile(t, site.File("server.log")), what) {
-				return errors.New("not yet")
-			}
-			return nil
-		})
-	}
-	told("has another type than kubernetes.io/tls")
+	told(t, site, "has another type than Opaque or kubernetes.io/tls")
 	if got := harness.Metric(t, site.Ops, `assay_istio_istiod_certificate_not_after_timestamp_seconds{cluster="test"}`); got != 0 {
 		t.Errorf("the metric has %v", got)
 	}
@@ -218,12 +236,13 @@ func TestIstiodsSecretCannotBeKept(t *testing.T) {
 	if err := s.Core.Secrets(s.Namespace).Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	s.makeSecret(t, corev1.SecretTypeOpaque, nil)
 	c := &control{Space: s, t: t, ctx: t.Context(), site: site}
 	site.Server.Eventually(time.Minute, "an immutable Secret that needs a change", func() error {
-		_, held := c.await("deleted", func(*tls.Certificate, *corev1.Secret) error { return nil })
+		_, held := c.await("made anew", func(*tls.Certificate, *corev1.Secret) error { return nil })
 		held.Immutable, held.Data["ca.crt"] = &immutable, []byte("another's")
 		_, err := s.Core.Secrets(s.Namespace).Update(t.Context(), held, metav1.UpdateOptions{}) // the server may be faster
 		return err
 	})
-	told("if it is immutable, delete it")
+	told(t, site, "if it is immutable, delete it")
 }
