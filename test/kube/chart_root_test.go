@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -27,7 +28,13 @@ import (
 // and the Secret that the server fills. No kubelet is here to run its pods.
 func (s *Space) chart(t testing.TB, flags ...string) []*unstructured.Unstructured {
 	t.Helper()
-	all := s.Render(chartDir+"/ci/minimal.yaml", append([]string{"--set", "cluster=test"}, flags...)...)
+	return s.chartOf(t, "minimal", append([]string{"--set", "cluster=test"}, flags...)...)
+}
+
+// chartOf is chart by one of the files of values in ci.
+func (s *Space) chartOf(t testing.TB, values string, flags ...string) []*unstructured.Unstructured {
+	t.Helper()
+	all := s.Render(chartDir+"/ci/"+values+".yaml", flags...)
 	for _, o := range all {
 		switch o.GetKind() {
 		case "ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret":
@@ -49,12 +56,20 @@ func (s *Space) chart(t testing.TB, flags ...string) []*unstructured.Unstructure
 // reaches the API server as one of the space's accounts.
 func (s *Space) chartSite(t testing.TB, all []*unstructured.Unstructured, account string) *harness.Site {
 	t.Helper()
+	return chartSiteWith(t, all, map[string]string{"test": s.Kubeconfig(s.Token(account, "", nil))})
+}
+
+// chartSiteWith has a kubeconfig for each cluster, wherever the chart mounts them.
+func chartSiteWith(t testing.TB, all []*unstructured.Unstructured, kubeconfigs map[string]string) *harness.Site {
+	t.Helper()
 	var config map[string]any
 	if err := yaml.Unmarshal([]byte(text(t, find(t, all, "ConfigMap", "assay-server"), "data", "server.yaml")), &config); err != nil {
 		t.Fatal(err)
 	}
-	if err := unstructured.SetNestedField(config, s.Kubeconfig(s.Token(account, "", nil)), "kubernetes", "clusters", "test", "kubeconfig"); err != nil {
-		t.Fatal(err)
+	for name, file := range kubeconfigs {
+		if err := unstructured.SetNestedField(config, file, "kubernetes", "clusters", name, "kubeconfig"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if mesh, ok := config["istio"].(map[string]any); ok {
 		var ports harness.Ports
@@ -91,18 +106,7 @@ func TestTheChartsRightsSuffice(t *testing.T) {
 	site.StartServer()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	if err := poll(ctx, nil, func() error {
-		held, err := s.Core.ConfigMaps(s.Namespace).Get(ctx, "assay-bundle", metav1.GetOptions{})
-		if err == nil && held.Data["bundle.crt"] == "" {
-			err = fmt.Errorf("the ConfigMap has no bundle")
-		}
-		if err == nil {
-			site.Write("agent-"+node.Name+".bundle", held.Data["bundle.crt"])
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	site.Write("agent-"+node.Name+".bundle", s.bundle(ctx, t))
 	a := s.agent(t, site, node, cg.root)
 	pod := s.Run(Pod{Name: "web-1", Node: node.Name, Account: "web"})
 	want := fmt.Sprintf("svid spiffe://example.org/ns/%s/sa/web ", s.Namespace)
@@ -133,6 +137,24 @@ func TestTheChartsRightsSuffice(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
+}
+
+// bundle is what the server has published, once it has.
+func (s *Space) bundle(ctx context.Context, t testing.TB) (bundle string) {
+	t.Helper()
+	if err := poll(ctx, nil, func() error {
+		held, err := s.Core.ConfigMaps(s.Namespace).Get(ctx, "assay-bundle", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if bundle = held.Data["bundle.crt"]; bundle == "" {
+			return errors.New("the ConfigMap has no bundle")
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return bundle
 }
 
 // right is one verb on one resource.

@@ -67,7 +67,11 @@ func TestTheChartIsAccepted(t *testing.T) {
 				}
 			}
 			site := harness.NewSite(t, bins, "")
+			serves := strings.TrimSuffix(filepath.Base(file), ".yaml") != "agents"
 			for _, daemon := range []string{"server", "agent"} {
+				if daemon == "server" && !serves {
+					continue
+				}
 				config := site.Write(daemon+".yaml", text(t, find(t, all, "ConfigMap", "assay-"+daemon), "data", daemon+".yaml"))
 				site.Run("assay-"+daemon, "validate", "--config", config)
 			}
@@ -76,10 +80,12 @@ func TestTheChartIsAccepted(t *testing.T) {
 			}
 			// The server's pod is held to the strictest standard that Kubernetes has,
 			// except where a container of root's prepares the volume.
-			pod := podOf(t, find(t, all, "StatefulSet", "assay-server"))
-			err := s.Apply(pod, true)
-			if prepared := strings.Contains(fmt.Sprint(pod.Object), "initContainers"); prepared != (err != nil && strings.Contains(err.Error(), "PodSecurity")) {
-				t.Errorf("the server's pod by the standard restricted: %v", err)
+			if serves {
+				pod := podOf(t, find(t, all, "StatefulSet", "assay-server"))
+				err := s.Apply(pod, true)
+				if prepared := strings.Contains(fmt.Sprint(pod.Object), "initContainers"); prepared != (err != nil && strings.Contains(err.Error(), "PodSecurity")) {
+					t.Errorf("the server's pod by the standard restricted: %v", err)
+				}
 			}
 			if err := s.Apply(podOf(t, find(t, all, "DaemonSet", "assay-agent")), true); err == nil {
 				t.Error("the agent's pod passes the standard restricted: then the standard is not enforced here")
@@ -152,33 +158,61 @@ func TestTheChartRefuses(t *testing.T) {
 		}
 	}
 	for set, want := range map[string]string{
-		"trustDomain=":                     "at '/trustDomain'",
-		"trustDomain=spiffe://example.org": "at '/trustDomain'",
-		"trustDomain=Example.org":          "at '/trustDomain'",
-		"bootstrap=today":                  "at '/bootstrap'",
-		"bootstrap=20261123":               "at '/bootstrap': got number, want string",
-		"server.sealKey.existingSecret=":   "at '/server/sealKey/existingSecret'",
-		"trust_domain=example.org":         "additional properties 'trust_domain' not allowed",
-		"server.replicas=3":                "additional properties 'replicas' not allowed",
-		"agent.hostPath=/x":                "additional properties 'hostPath' not allowed",
-		"agent.privileged=perhaps":         "at '/agent/privileged': got string, want boolean",
-		"agent.socketDir=run":              "at '/agent/socketDir'",
-		"agent.maxUnavailable=0":           "at '/agent/maxUnavailable'",
-		"agent.tolerations=all":            "at '/agent/tolerations': got string, want array",
-		"networkPolicy.enabled=1":          "at '/networkPolicy/enabled': got number, want boolean",
-		"server.service.type=ExternalName": "at '/server/service/type'",
-		"server.storage.size=much":         "at '/server/storage/size'",
-		"server.config=x":                  "at '/server/config': got string, want object",
-		"cluster=a/b":                      "at '/cluster'",
-		"istio.enabled=yes":                "at '/istio/enabled': got string, want boolean",
-		"istio.istiodSecret=istiod-tls":    "at '/istio/istiodSecret'",
-		"istio.trustedNodeAccounts[0]=a":   "at '/istio/trustedNodeAccounts/0'",
-		"istio.dns_names[0]=a":             "additional properties 'dns_names' not allowed",
+		"trustDomain=":                                     "at '/trustDomain'",
+		"trustDomain=spiffe://example.org":                 "at '/trustDomain'",
+		"trustDomain=Example.org":                          "at '/trustDomain'",
+		"bootstrap=today":                                  "at '/bootstrap'",
+		"bootstrap=20261123":                               "at '/bootstrap': got number, want string",
+		"server.sealKey.existingSecret=":                   "at '/server/sealKey/existingSecret'",
+		"trust_domain=example.org":                         "additional properties 'trust_domain' not allowed",
+		"server.replicas=3":                                "additional properties 'replicas' not allowed",
+		"agent.hostPath=/x":                                "additional properties 'hostPath' not allowed",
+		"agent.privileged=perhaps":                         "at '/agent/privileged': got string, want boolean",
+		"agent.socketDir=run":                              "at '/agent/socketDir'",
+		"agent.maxUnavailable=0":                           "at '/agent/maxUnavailable'",
+		"agent.tolerations=all":                            "at '/agent/tolerations': got string, want array",
+		"networkPolicy.enabled=1":                          "at '/networkPolicy/enabled': got number, want boolean",
+		"server.service.type=ExternalName":                 "at '/server/service/type'",
+		"server.storage.size=much":                         "at '/server/storage/size'",
+		"server.config=x":                                  "at '/server/config': got string, want object",
+		"cluster=a/b":                                      "at '/cluster'",
+		"server.enabled=false":                             "at '/agent/serverAddress': minLength",
+		"agent.serverAddress=assay":                        "at '/agent/serverAddress'",
+		"server.otherClusters.us1=secret":                  "at '/server/otherClusters/us1': got string, want object",
+		"server.otherClusters.us1.x=y":                     "at '/server/otherClusters/us1': missing property 'existingSecret'",
+		"server.otherClusters.kubernetes.existingSecret=a": "which is this cluster's own name",
+		"istio.enabled=yes":                                "at '/istio/enabled': got string, want boolean",
+		"istio.istiodSecret=istiod-tls":                    "at '/istio/istiodSecret'",
+		"istio.trustedNodeAccounts[0]=a":                   "at '/istio/trustedNodeAccounts/0'",
+		"istio.dns_names[0]=a":                             "additional properties 'dns_names' not allowed",
 	} {
 		stdout, stderr, err := template(append(slices.Clone(must), set)...)
 		if err == nil || stdout != "" || !strings.Contains(stderr, want) {
 			t.Errorf("%s: %v\n%s", set, err, stderr)
 		}
+	}
+}
+
+// Agents alone are agents alone, with what a server elsewhere needs.
+func TestTheChartWithoutAServer(t *testing.T) {
+	stdout, stderr, err := helm(t, "template", "assay", chartDir, "-f", chartDir+"/ci/agents.yaml")
+	if err != nil {
+		t.Fatalf("%v\n%s", err, stderr)
+	}
+	all := decode(t, stdout)
+	var got []string
+	for _, o := range all {
+		got = append(got, o.GetKind()+" "+o.GetName())
+	}
+	slices.Sort(got)
+	if want := []string{
+		"ClusterRole assay-server", "ClusterRoleBinding assay-server", "ConfigMap assay-agent", "ConfigMap assay-bundle", "DaemonSet assay-agent",
+		"NetworkPolicy assay-agent", "Role assay-server", "RoleBinding assay-server", "ServiceAccount assay-agent", "ServiceAccount assay-server",
+	}; !slices.Equal(got, want) {
+		t.Errorf("there are %q, want %q", got, want)
+	}
+	if config := text(t, find(t, all, "ConfigMap", "assay-agent"), "data", "agent.yaml"); !strings.Contains(config, "- assay.example.org:8443\n") || strings.Contains(config, ".svc") {
+		t.Errorf("the agents look for the server elsewhere:\n%s", config)
 	}
 }
 

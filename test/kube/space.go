@@ -118,6 +118,7 @@ func (s *Space) awaitRights(account string, rules []rbacv1.PolicyRule) {
 	defer cancel()
 	allowed := func(of authorizationv1.ResourceAttributes) {
 		s.t.Helper()
+		of.Namespace = s.Namespace // where a Role is as good
 		review := &authorizationv1.SubjectAccessReview{Spec: authorizationv1.SubjectAccessReviewSpec{
 			User: "system:serviceaccount:" + s.Namespace + ":" + account, ResourceAttributes: &of,
 		}}

@@ -22,10 +22,17 @@ app.kubernetes.io/component: {{ .component }}
 {{/* What the chart sets wins over server.config and agent.config: mounts, probes
 and rights go by it. */}}
 {{- define "assay.server.config" -}}
-{{- $cluster := dict
-  "agent_service_accounts" (list (printf "%s/assay-agent" .Release.Namespace))
-  "audience" "assay-server"
-  "bundle_config_map" (printf "%s/assay-bundle" .Release.Namespace) }}
+{{- $accounts := list (printf "%s/assay-agent" .Release.Namespace) }}
+{{- $bundle := printf "%s/assay-bundle" .Release.Namespace }}
+{{- $clusters := dict .Values.cluster (dict "agent_service_accounts" $accounts "audience" "assay-server" "bundle_config_map" $bundle) }}
+{{- /* In another cluster the chart may be in another namespace. */}}
+{{- $others := dict }}
+{{- range $name, $_ := .Values.server.otherClusters }}
+{{- if eq $name $.Values.cluster }}{{ fail (printf "server.otherClusters has %s, which is this cluster's own name: see cluster" $name) }}{{ end }}
+{{- $_ := set $others $name (dict "agent_service_accounts" $accounts "bundle_config_map" $bundle) }}
+{{- $_ := set $clusters $name (dict "audience" "assay-server" "kubeconfig" (printf "/etc/assay-server/clusters/%s" $name)) }}
+{{- end }}
+{{- $default := dict "kubernetes" (dict "clusters" $others) }}
 {{- $own := dict
   "trust_domain" .Values.trustDomain
   "seal_key_file" "/etc/assay-server/seal/seal.key"
@@ -33,7 +40,7 @@ and rights go by it. */}}
   "admin" (dict "socket" "/var/lib/assay-server/run/admin.sock")
   "metrics" (dict "listen" ":9402")
   "data_dir" "/var/lib/assay-server/data"
-  "kubernetes" (dict "clusters" (dict .Values.cluster $cluster)) }}
+  "kubernetes" (dict "clusters" $clusters) }}
 {{- with .Values.bootstrap }}{{ $_ := set $own "bootstrap" . }}{{ end }}
 {{- if .Values.istio.enabled }}
 {{- $mesh := dict "root_config_maps" .Values.istio.rootConfigMaps }}
@@ -46,13 +53,13 @@ and rights go by it. */}}
   "clusters" (dict .Values.cluster $mesh) }}
 {{- $_ := set $own "istio" $istio }}
 {{- end }}
-{{- mustMergeOverwrite (deepCopy .Values.server.config) $own | toYaml }}
+{{- mustMergeOverwrite $default (deepCopy .Values.server.config) $own | toYaml }}
 {{- end }}
 
 {{- define "assay.agent.config" -}}
 {{- $own := dict
   "trust_domain" .Values.trustDomain
-  "server" (dict "addresses" (list (printf "assay-server.%s.svc:8443" .Release.Namespace)))
+  "server" (dict "addresses" (list (.Values.agent.serverAddress | default (printf "assay-server.%s.svc:8443" .Release.Namespace))))
   "trust_bundle" "/etc/assay-agent/bundle/bundle.crt"
   "k8s_psat" (dict "cluster" .Values.cluster "token_file" "/var/run/secrets/assay/token")
   "sockets" (dict "dir" .Values.agent.socketDir)
