@@ -14,7 +14,7 @@ export CGO_ENABLED ?= 0
 # What the race detector needs; everything else is built without cgo.
 RACE    := CGO_ENABLED=1 $(GO) test -race
 
-.PHONY: build images images-check demo test test-kube check bench conformance generate generate-check released manifests manifests-check docs zlint alerts lint fmt long fuzz clean
+.PHONY: build images images-check demo test test-kube test-istio check bench conformance generate generate-check released manifests manifests-check docs zlint alerts lint fmt long fuzz clean
 build: ## the three static binaries, into bin/
 	$(GO) build -tags $(TAGS) -trimpath -ldflags '-s -w' -o $(BIN)/ ./cmd/...
 
@@ -48,11 +48,15 @@ test-kube: need-gcc $(if $(ROOT),$(TOOLS)/image) ## against a real Kubernetes AP
 	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver kwok helm
 	$(RACE) -tags 'kube $(ROOT)' -count=1 -timeout 20m ./test/kube/...
 
-# What make test has run already is left out.
-LONG    = $(shell sed -n 's/^func \(Test[[:alnum:]]*\).*/\1/p' test/e2e/*_long_test.go)
+test-istio: need-gcc ## Istio's own programs against a real Kubernetes API: built before the first run on a machine
+	test/kube/tools.sh $(OUT)/kube etcd kube-apiserver helm istio
+	$(RACE) -tags 'kube istio $(ROOT)' -count=1 -timeout 20m -run $(call only,test/kube/*_istio_test.go) ./test/kube
+
+# The tests of some files alone, for go test -run: those beside them have run.
+only    = "^($$(sed -n 's/^func \(Test[[:alnum:]]*\).*/\1/p' $(1) | paste -sd '|'))$$"
 
 long: need-gcc need-strace ## the suites that take longer: endurance, kill points, disk errors, PID reuse
-	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m -run "^($$(echo $(LONG) | tr ' ' '|'))$$" ./test/e2e/...
+	$(RACE) -tags 'e2e long $(ROOT)' -count=1 -timeout 30m -run $(call only,test/e2e/*_long_test.go) ./test/e2e/...
 	@# Sixteen months in a bubble take a minute, with the race detector ten.
 	$(GO) test -tags long -count=1 -timeout 15m -run SixteenMonths ./server/rotation
 	@# With the pidfd check compiled out the same attack has to succeed, else
@@ -61,7 +65,7 @@ long: need-gcc need-strace ## the suites that take longer: endurance, kill point
 
 check: generate-check manifests-check lint zlint alerts ## everything that must hold before a commit
 	$(GO) vet ./...
-	$(GO) vet -tags 'e2e kube bench long root' ./...
+	$(GO) vet -tags 'e2e kube istio bench long root' ./...
 	$(MAKE) test
 
 bench: build ## the numbers of docs/performance.md, each with its ratio to this machine's limit
@@ -121,7 +125,7 @@ docs: ## docs/reference from the source; make test says when that is due
 
 lint: $(TOOLS)/golangci-lint ## format and lint
 	$(TOOLS)/golangci-lint fmt --diff
-	$(TOOLS)/golangci-lint run --build-tags 'e2e kube bench long root' ./...
+	$(TOOLS)/golangci-lint run --build-tags 'e2e kube istio bench long root' ./...
 
 fmt: $(TOOLS)/golangci-lint
 	$(TOOLS)/golangci-lint fmt

@@ -61,22 +61,22 @@ func TestNothingIsSkipped(t *testing.T) {
 	})
 }
 
-// make test leaves the long suites out by their tag, make long finds them by the
-// name of their file.
-func TestLongSuitesAreCalledSo(t *testing.T) {
-	long := 0
-	files(t, "_test.go", func(path string, content []byte) {
-		constraint, _, _ := strings.Cut(string(content), "\n")
-		tagged := strings.HasPrefix(constraint, "//go:build ") && strings.Contains(constraint, "long")
-		if tagged != strings.HasSuffix(path, "_long_test.go") {
-			t.Errorf("%s: has the tag long: %v", path, tagged)
+// Suites of their own are left out elsewhere by a tag, and make finds them by the
+// names of their files.
+func TestSuitesAreCalledByTheirTags(t *testing.T) {
+	for _, tag := range []string{"long", "istio"} {
+		found := false
+		files(t, "_test.go", func(path string, content []byte) {
+			constraint, _, _ := strings.Cut(string(content), "\n")
+			tagged := strings.HasPrefix(constraint, "//go:build ") && strings.Contains(constraint, tag)
+			if tagged != strings.HasSuffix(path, "_"+tag+"_test.go") {
+				t.Errorf("%s: has the tag %s: %v", path, tag, tagged)
+			}
+			found = found || tagged
+		})
+		if !found {
+			t.Errorf("nothing has the tag %s: the test proves nothing", tag)
 		}
-		if tagged {
-			long++
-		}
-	})
-	if long == 0 {
-		t.Error("there are no long suites: the test proves nothing")
 	}
 }
 

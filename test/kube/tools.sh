@@ -3,7 +3,7 @@
 # test/tools. That takes minutes, so it is done once per machine: they are kept in
 # the user's cache by their version and Go's, and linked into DIR.
 #
-# usage: test/kube/tools.sh DIR NAME...    NAME: etcd, kube-apiserver, kwok or helm
+# usage: test/kube/tools.sh DIR NAME...    NAME: etcd, kube-apiserver, kwok, helm or istio
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -36,6 +36,11 @@ provide() {
 			(cd "$(go -C "$pins" list -m -f '{{.Dir}}' "$module")/kustomize/stage" &&
 				awk 'FNR == 1 { print "---" } 1' node/fast/node-*.yaml node/heartbeat/node-*.yaml pod/fast/pod-*.yaml) >"$kept/stages.yaml"
 		fi
+		if [[ $name == pilot-discovery ]]; then
+			# Its charts as well.
+			cp -r "$(go -C "$pins" list -m -f '{{.Dir}}' "$module")/manifests/charts" "$kept/"
+			chmod -R u+w "$kept/charts"
+		fi
 		mv "$kept/$name.$$" "$kept/$name"
 		trap - EXIT
 	fi
@@ -47,6 +52,11 @@ for name; do
 	etcd) provide etcd etcd go.etcd.io/etcd/server/v3 go.etcd.io/etcd/server/v3 ;;
 	kube-apiserver) provide kube-apiserver kube k8s.io/kubernetes k8s.io/kubernetes/cmd/kube-apiserver ;;
 	helm) provide helm helm helm.sh/helm/v4 helm.sh/helm/v4/cmd/helm ;;
+	istio)
+		provide pilot-agent istio istio.io/istio istio.io/istio/pilot/cmd/pilot-agent
+		provide pilot-discovery istio istio.io/istio istio.io/istio/pilot/cmd/pilot-discovery
+		ln -sfn "$(dirname "$(readlink -f "$dir/pilot-discovery")")/charts" "$dir/istio-charts"
+		;;
 	kwok) provide kwok kwok sigs.k8s.io/kwok sigs.k8s.io/kwok/cmd/kwok ;;
 	*) echo "$0: there is no $name" >&2; exit 64 ;;
 	esac
