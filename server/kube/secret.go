@@ -42,6 +42,10 @@ func (c *Clusters) TLSSecret(ctx context.Context, cluster, namespace, name strin
 	return TLSSecret{Chain: held.Data[corev1.TLSCertKey], Key: held.Data[corev1.TLSPrivateKeyKey], Roots: held.Data[caKey], held: held}, nil
 }
 
+// keepPolicy is what helm looks for before it deletes what its release has no more.
+// A Secret that was made anew by hand is one like that.
+const keepPolicy = "helm.sh/resource-policy"
+
 // PutTLSSecret makes a Secret hold what is given, where it was read as was.
 // Whatever else it holds stays.
 func (c *Clusters) PutTLSSecret(ctx context.Context, cluster, namespace, name string, was, will TLSSecret) error {
@@ -55,6 +59,10 @@ func (c *Clusters) PutTLSSecret(ctx context.Context, cluster, namespace, name st
 	if changed.Type != corev1.SecretTypeOpaque && changed.Type != corev1.SecretTypeTLS {
 		return fault.New(fault.NotReady, "kubernetes_secret_type", "the Secret "+name+" has another type than Opaque or kubernetes.io/tls, which can't be changed: delete it, and make it anew")
 	}
+	if changed.Annotations == nil {
+		changed.Annotations = map[string]string{}
+	}
+	changed.Annotations[keepPolicy] = "keep"
 	if changed.Data == nil {
 		changed.Data = map[string][]byte{}
 	}

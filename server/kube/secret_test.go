@@ -92,6 +92,9 @@ func TestASecretIsKept(t *testing.T) {
 	if s.held.Type != corev1.SecretTypeOpaque || string(s.held.Data["tls.crt"]) != "chain" || string(s.held.Data["tls.key"]) != "CANARY-key" || string(s.held.Data["ca.crt"]) != "roots" {
 		t.Fatalf("made %+v", s.held)
 	}
+	if s.held.Annotations["helm.sh/resource-policy"] != "keep" {
+		t.Errorf("helm may delete it: %v", s.held.Annotations)
+	}
 	s.held.Type = corev1.SecretTypeTLS
 	s.held.Data["tls.key"], s.held.Data["other"], s.held.Labels = nil, []byte("kept"), map[string]string{"kept": "true"}
 	_ = put(read(), "")

@@ -324,6 +324,7 @@ func TestHelmLeavesIstiodsSecretAlone(t *testing.T) {
 			written := func() {
 				t.Helper()
 				held.Data = maps.Clone(noCertificate)
+				metav1.SetMetaDataAnnotation(&held.ObjectMeta, "helm.sh/resource-policy", "keep")
 				if held, err = secrets.Update(t.Context(), held, metav1.UpdateOptions{}); err != nil {
 					t.Fatal(err)
 				}
@@ -361,7 +362,35 @@ func TestHelmLeavesIstiodsSecretAlone(t *testing.T) {
 			written()
 			upgrade()
 			stands("an upgrade of a new one")
+
+			// As the documentation says to make it anew.
+			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.makeSecret(t, corev1.SecretTypeOpaque, nil)
+			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			written()
+			upgrade()
+			stands("an upgrade of one that was made by hand")
 			s.helm(t, "uninstall", "assay")
+			stands("the end of a release that had one")
+
+			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
+			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			written()
+			s.helm(t, "uninstall", "assay")
+			second := append([]string{"second"}, values[1:]...)
+			s.helm(t, append(append([]string{"install"}, c.install...), second...)...)
+			stands("a release of another name")
+			s.helm(t, "uninstall", "second")
+			stands("the end of that")
 
 			// One that somebody else has made is not helm's, and of its own type.
 			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
