@@ -25,8 +25,8 @@ const (
 	// A server asks for each agent that attests, three times; a fleet that
 	// starts at once must not wait for a client's own limit.
 	askRate, askBurst = 200, 400
-	// unlimited is for questions whose asker bounds how many there are at a time.
-	unlimited = -1
+	// meshRate is likewise for the tokens of a mesh's proxies.
+	meshRate, meshBurst = 1000, 2000
 )
 
 // api is a cluster's API server.
@@ -49,21 +49,21 @@ func newAPI(cluster string, cfg *rest.Config, agent string) (*api, error) {
 		}
 	}
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
-	client := func(path string, version schema.GroupVersion, perSecond float32) (rest.Interface, error) {
+	client := func(path string, version schema.GroupVersion, perSecond float32, burst int) (rest.Interface, error) {
 		c := rest.CopyConfig(cfg)
 		c.APIPath, c.GroupVersion, c.UserAgent = path, &version, agent
 		c.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 		c.ContentType = runtime.ContentTypeProtobuf
-		c.QPS, c.Burst = perSecond, askBurst
+		c.QPS, c.Burst = perSecond, burst
 		return rest.RESTClientFor(c)
 	}
 	a := &api{cluster: cluster}
 	var err error
-	if a.core, err = client("/api", corev1.SchemeGroupVersion, askRate); err == nil {
-		a.tokens, err = client("/apis", authenticationv1.SchemeGroupVersion, askRate)
+	if a.core, err = client("/api", corev1.SchemeGroupVersion, askRate, askBurst); err == nil {
+		a.tokens, err = client("/apis", authenticationv1.SchemeGroupVersion, askRate, askBurst)
 	}
 	if err == nil {
-		a.proxies, err = client("/apis", authenticationv1.SchemeGroupVersion, unlimited)
+		a.proxies, err = client("/apis", authenticationv1.SchemeGroupVersion, meshRate, meshBurst)
 	}
 	if err != nil {
 		return nil, fault.Wrap(fault.Precondition, err, "config_kubernetes",
