@@ -52,7 +52,7 @@ func TestTheChartInASecondCluster(t *testing.T) {
 	}
 	site := chartSiteWith(t, eastAll, map[string]string{"east": account(east), "west": account(west)})
 	site.StartServer()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	for name, s := range map[string]*Space{"east": east, "west": west} {
 		node := s.Node(name)

@@ -200,7 +200,10 @@ func TestIstiodServesWithWhatIsKeptForIt(t *testing.T) {
 	m := keptMesh(t)
 	i := m.istiod("istiod-csr.yaml")
 	first := i.mount()
-	i.Eventually(time.Minute, "istiod has the certificate", func() error { return i.serves(first) })
+	i.Eventually(time.Minute, "istiod has the certificate", func() error {
+		first = i.mount()
+		return i.serves(first)
+	})
 	tlsTo := func(own ...tls.Certificate) credentials.TransportCredentials {
 		config := i.trust()
 		config.Certificates = own
@@ -231,13 +234,16 @@ func TestIstiodServesWithWhatIsKeptForIt(t *testing.T) {
 	}
 
 	var next *x509.Certificate
-	m.site.Server.Eventually(time.Minute, "istiod's certificate is renewed", func() error {
+	m.site.Server.Eventually(3*time.Minute, "istiod's certificate is renewed", func() error {
 		if next = i.mount(); next.Equal(first) {
 			return errors.New("it is the first")
 		}
 		return nil
 	})
-	i.Eventually(time.Minute, "istiod has the other certificate", func() error { return i.serves(next) })
+	i.Eventually(time.Minute, "istiod has the other certificate", func() error {
+		next = i.mount()
+		return i.serves(next)
+	})
 }
 
 // inject has istiod's webhook look at a pod, and returns what it makes of it.

@@ -56,9 +56,13 @@ func newPlace(t *testing.T) place {
 
 func (p place) path(name string) string { return filepath.Join(p.dir, name) }
 
-// put writes a file as a kubelet does: it is there whole, or not.
+// put writes a file as a kubelet does: it is there whole, or not, and stays if
+// nothing has changed.
 func (p place) put(name, content string) {
 	p.t.Helper()
+	if held, err := os.ReadFile(p.path(name)); err == nil && string(held) == content {
+		return
+	}
 	if err := errors.Join(
 		os.MkdirAll(filepath.Dir(p.path(name)), 0o755),
 		os.WriteFile(p.path(name+".new"), []byte(content), 0o600),
@@ -207,7 +211,7 @@ func parseSVID(chain, key []byte) (*x509svid.SVID, error) {
 // svid is what the proxy presents to its peers: the first that is as want says.
 func (a *istioAgent) svid(socket string, want func(*x509svid.SVID) bool) *x509svid.SVID {
 	a.t.Helper()
-	ctx, cancel := context.WithTimeout(a.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(a.t.Context(), 3*time.Minute)
 	defer cancel()
 	var svid *x509svid.SVID
 	if err := a.envoy(ctx, socket, "default", func(s *tlsv3.Secret) (_ bool, err error) {
@@ -223,7 +227,7 @@ func (a *istioAgent) svid(socket string, want func(*x509svid.SVID) bool) *x509sv
 // trusted is what it knows its peers by: the first that is of n roots.
 func (a *istioAgent) trusted(socket string, n int) *x509bundle.Bundle {
 	a.t.Helper()
-	ctx, cancel := context.WithTimeout(a.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(a.t.Context(), 3*time.Minute)
 	defer cancel()
 	bundle := x509bundle.New(spiffeid.RequireTrustDomainFromString("example.org"))
 	if err := a.envoy(ctx, socket, "ROOTCA", func(s *tlsv3.Secret) (_ bool, err error) {
@@ -250,7 +254,7 @@ func keptMesh(t *testing.T) *mesh {
   ip_addresses: [127.0.0.1]
   clusters:
     test: {root_config_maps: true, istiod_secret: %s/istiod-tls}
-ca: {x509_svid_ttl: 30s, max_x509_svid_ttl: 30s}
+ca: {x509_svid_ttl: 1m, max_x509_svid_ttl: 1m}
 attestation: {agent_svid_ttl: 1m}
 `, m.port, s.Namespace))
 	return m
@@ -307,6 +311,7 @@ func TestIstiosAgentLeavesCertificatesToAssays(t *testing.T) {
 	node := m.site.NewAgent("node")
 	node.Start(node.Join())
 	m.site.CreateEntry(node.ID, "spiffe://example.org/proxy")
+	m.site.CLI("wait", "--all-agents")
 	a := m.istioAgent(pod, nobody, func(p place) {
 		if err := os.Symlink(filepath.Dir(node.SDSSocket()), p.path(workloadSockets)); err != nil {
 			t.Fatal(err)
