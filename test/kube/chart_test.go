@@ -304,107 +304,128 @@ func TestAnUpgradeKeepsTheBundle(t *testing.T) {
 	}
 }
 
-// istiod's Secret is made for the server, which writes into it. Upgrades, of a
-// helm that has the API server merge and of one that merges itself, leave what it
-// wrote; so does the end of the release, and the next one begins with it.
-func TestHelmLeavesIstiodsSecretAlone(t *testing.T) {
-	for name, c := range map[string]struct{ install, upgrade []string }{
-		"applied by the API server": {},
-		"merged by helm":            {[]string{"--server-side=false"}, []string{"--server-side=false"}},
+// release is the chart with a mesh in a space, and what istiod's Secret has to be.
+type release struct {
+	t      *testing.T
+	s      *Space
+	values []string // without the release's name
+	how    []string // flags of helm
+	held   *corev1.Secret
+}
+
+// eachWayOfHelm runs a test with a helm that has the API server merge, and with one
+// that merges itself.
+func eachWayOfHelm(t *testing.T, test func(*release)) {
+	for name, how := range map[string][]string{
+		"applied by the API server": nil,
+		"merged by helm":            {"--server-side=false"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := cluster.NewSpace(t)
-			values := append([]string{"assay", chartDir, "-f", chartDir + "/ci/minimal.yaml"}, s.withMesh()...)
-			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
-			secrets := s.Core.Secrets(s.Namespace)
-			held, err := secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{})
-			if err != nil || held.Type != corev1.SecretTypeOpaque || len(held.Data) > 0 {
-				t.Fatalf("made: %v, %v", held, err)
-			}
-			written := func() {
-				t.Helper()
-				held.Data = maps.Clone(noCertificate)
-				metav1.SetMetaDataAnnotation(&held.ObjectMeta, "helm.sh/resource-policy", "keep")
-				if held, err = secrets.Update(t.Context(), held, metav1.UpdateOptions{}); err != nil {
-					t.Fatal(err)
-				}
-			}
-			stands := func(after string) {
-				t.Helper()
-				is, err := secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{})
-				if err != nil || is.UID != held.UID || string(is.Data["tls.key"]) != "none" || string(is.Data["tls.crt"]) != "none" {
-					t.Errorf("after %s: %v, %v", after, is, err)
-				}
-			}
-			upgrade := func(flags ...string) {
-				t.Helper()
-				s.helm(t, slices.Concat([]string{"upgrade"}, c.upgrade, values, flags)...)
-			}
-			written()
-			upgrade("--set", "bootstrap=", "--set", "image.tag=v2")
-			stands("an upgrade")
-			upgrade("--set", "image.tag=v2", "--set", "istio.istiodSecret=")
-			stands("an upgrade without it")
-			upgrade("--set", "image.tag=v3")
-			stands("one that has it again")
-			s.helm(t, "uninstall", "assay")
-			stands("the end of the release")
-			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
-			stands("the next release")
-
-			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			upgrade()
-			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
-				t.Fatalf("an upgrade does not make it anew: %v", err)
-			}
-			written()
-			upgrade()
-			stands("an upgrade of a new one")
-
-			// As the documentation says to make it anew.
-			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			s.makeSecret(t, corev1.SecretTypeOpaque, nil)
-			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			written()
-			upgrade()
-			stands("an upgrade of one that was made by hand")
-			s.helm(t, "uninstall", "assay")
-			stands("the end of a release that had one")
-
-			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
-			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			written()
-			s.helm(t, "uninstall", "assay")
-			second := append([]string{"second"}, values[1:]...)
-			s.helm(t, append(append([]string{"install"}, c.install...), second...)...)
-			stands("a release of another name")
-			s.helm(t, "uninstall", "second")
-			stands("the end of that")
-
-			// One that somebody else has made is not helm's, and of its own type.
-			if err := secrets.Delete(t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			s.makeSecret(t, corev1.SecretTypeTLS, noCertificate)
-			if held, err = secrets.Get(t.Context(), "istiod-tls", metav1.GetOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			s.helm(t, append(append([]string{"install"}, c.install...), values...)...)
-			upgrade()
-			stands("an upgrade beside one that was there")
-			s.helm(t, "uninstall", "assay")
-			stands("the end of a release beside it")
+			test(&release{t: t, s: s, values: append([]string{chartDir, "-f", chartDir + "/ci/minimal.yaml"}, s.withMesh()...), how: how})
 		})
 	}
+}
+
+// run runs install or upgrade.
+func (r *release) run(what, name string, flags ...string) {
+	r.t.Helper()
+	r.s.helm(r.t, slices.Concat([]string{what}, r.how, []string{name}, r.values, flags)...)
+}
+
+func (r *release) get() *corev1.Secret {
+	r.t.Helper()
+	held, err := r.s.Core.Secrets(r.s.Namespace).Get(r.t.Context(), "istiod-tls", metav1.GetOptions{})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return held
+}
+
+// write does to the Secret what the server does.
+func (r *release) write() {
+	r.t.Helper()
+	r.held = r.get()
+	r.held.Data = maps.Clone(noCertificate)
+	metav1.SetMetaDataAnnotation(&r.held.ObjectMeta, "helm.sh/resource-policy", "keep")
+	if _, err := r.s.Core.Secrets(r.s.Namespace).Update(r.t.Context(), r.held, metav1.UpdateOptions{}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *release) delete() {
+	r.t.Helper()
+	if err := r.s.Core.Secrets(r.s.Namespace).Delete(r.t.Context(), "istiod-tls", metav1.DeleteOptions{}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// stands wants the Secret to be the one that was written, with its data.
+func (r *release) stands(after string) {
+	r.t.Helper()
+	if is := r.get(); is.UID != r.held.UID || string(is.Data["tls.key"]) != "none" || string(is.Data["tls.crt"]) != "none" {
+		r.t.Errorf("after %s: %v", after, is)
+	}
+}
+
+// istiod's Secret is made for the server, which writes into it. Upgrades leave what
+// it wrote; so does the end of the release, and the next one begins with it.
+func TestHelmLeavesIstiodsSecretAlone(t *testing.T) {
+	eachWayOfHelm(t, func(r *release) {
+		r.run("install", "assay")
+		if made := r.get(); made.Type != corev1.SecretTypeOpaque || len(made.Data) > 0 {
+			r.t.Fatalf("made: %v", made)
+		}
+		r.write()
+		r.run("upgrade", "assay", "--set", "bootstrap=", "--set", "image.tag=v2")
+		r.stands("an upgrade")
+		r.run("upgrade", "assay", "--set", "image.tag=v2", "--set", "istio.istiodSecret=")
+		r.stands("an upgrade without it")
+		r.run("upgrade", "assay", "--set", "image.tag=v3")
+		r.stands("one that has it again")
+		r.s.helm(r.t, "uninstall", "assay")
+		r.stands("the end of the release")
+		r.run("install", "assay")
+		r.stands("the next release")
+		r.s.helm(r.t, "uninstall", "assay")
+		r.delete()
+		r.run("install", "assay")
+		r.write()
+		r.s.helm(r.t, "uninstall", "assay")
+		r.run("install", "second")
+		r.stands("a release of another name")
+		r.s.helm(r.t, "uninstall", "second")
+		r.stands("the end of that")
+	})
+}
+
+// One that was deleted is made by the next upgrade, or by hand as the documentation
+// says; and one that somebody else has made stays as it is.
+func TestHelmLeavesIstiodsSecretAloneHoweverItWasMade(t *testing.T) {
+	eachWayOfHelm(t, func(r *release) {
+		r.run("install", "assay")
+		r.delete()
+		r.run("upgrade", "assay")
+		r.write()
+		r.run("upgrade", "assay")
+		r.stands("an upgrade of a new one")
+
+		r.delete()
+		r.s.makeSecret(r.t, corev1.SecretTypeOpaque, nil)
+		r.write()
+		r.run("upgrade", "assay")
+		r.stands("an upgrade of one that was made by hand")
+		r.s.helm(r.t, "uninstall", "assay")
+		r.stands("the end of a release that had one")
+
+		// Of its own type, which can't be changed.
+		r.delete()
+		r.s.makeSecret(r.t, corev1.SecretTypeTLS, noCertificate)
+		r.held = r.get()
+		r.run("install", "assay")
+		r.run("upgrade", "assay")
+		r.stands("an upgrade beside one that was there")
+		r.s.helm(r.t, "uninstall", "assay")
+		r.stands("the end of a release beside it")
+	})
 }
