@@ -79,7 +79,11 @@ func peek(text string, audiences []string) (token, error) {
 		Audience texts   `json:"aud"`
 		Expires  float64 `json:"exp"`
 	}
-	if _, err := base64.RawURLEncoding.Strict().DecodeString(parts[2]); err != nil || !decode(parts[1], &says) {
+	if !decode(parts[1], &says) {
+		return token{}, malformed
+	}
+	// Nobody could verify it, and an API server need not be able to read it.
+	if _, err := base64.RawURLEncoding.Strict().DecodeString(parts[2]); err != nil {
 		return token{}, malformed
 	}
 	if _, _, ok := kube.SplitSubject(says.Subject); !ok {

@@ -42,12 +42,14 @@ func (c *Clusters) TLSSecret(ctx context.Context, cluster, namespace, name strin
 	return TLSSecret{Chain: held.Data[corev1.TLSCertKey], Key: held.Data[corev1.TLSPrivateKeyKey], Roots: held.Data[caKey], held: held}, nil
 }
 
-// keepPolicy is what helm looks for before it deletes what its release has no more.
-// A Secret that was made anew by hand is one like that.
+// keepPolicy is the annotation by which helm leaves alone what a release has no
+// more. A Secret that was made anew by hand has none: the next upgrade would take
+// istiod's certificate away.
 const keepPolicy = "helm.sh/resource-policy"
 
-// PutTLSSecret makes a Secret hold what is given, where it was read as was.
-// Whatever else it holds stays.
+// PutTLSSecret makes a Secret hold what is given, where TLSSecret has read was: one
+// that was changed since is left alone, with reason kubernetes_conflict, and one
+// that is gone is not made. Whatever else it holds stays.
 func (c *Clusters) PutTLSSecret(ctx context.Context, cluster, namespace, name string, was, will TLSSecret) error {
 	cl := c.byName[cluster]
 	if cl == nil {

@@ -287,7 +287,9 @@ func TestIstiosAgentTakesCertificatesFromTheServer(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var envoy sync.WaitGroup
 	envoy.Go(func() {
-		_ = a.envoy(ctx, "socket", "default", func(*tlsv3.Secret) (bool, error) { return false, nil })
+		if err := a.envoy(ctx, "socket", "default", func(*tlsv3.Secret) (bool, error) { return false, nil }); ctx.Err() == nil {
+			t.Errorf("the stream of default ended: %v", err)
+		}
 	})
 	two := a.trusted("socket", 2)
 	cancel()
